@@ -1,0 +1,111 @@
+"""Nothing of ours may reach the user's run: a failing instrument switches the probe off."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from divergence_probe.errors import DivergenceDetected
+
+
+class ThreadState(threading.local):
+    """Per-thread nesting: our own work and a library's step must not be observed as the user's."""
+
+    own: int = 0
+    inside: int = 0
+    gradient: int = 0
+
+
+_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+def _leave_children_alone() -> None:
+    """A forked child must not write into its parent's recording."""
+    for guard in _GUARDS:
+        guard.active = False
+
+
+os.register_at_fork(after_in_child=_leave_children_alone)
+
+
+class Guard:
+    """Runs our bookkeeping: without gradients, without modes, timed, and never raising.
+
+    Attributes:
+        active: False once switched off, by an error of ours or at the end.
+        failure: what switched it off, or None.
+        spent: seconds spent in our own work so far.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+        self.failure: str | None = None
+        self.spent = 0.0
+        self.state = ThreadState()
+        _GUARDS.add(self)
+
+    @property
+    def watching(self) -> bool:
+        """Whether a call arriving now is the user's and should be looked at."""
+        state = self.state
+        return self.active and state.own == 0 and state.inside == 0
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Our own work inside the user's call; an error switches the probe off, once, warned."""
+        state = self.state
+        started = time.perf_counter()
+        state.own += 1
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                yield
+        except DivergenceDetected:
+            raise
+        except Exception as error:
+            self.fail(error)
+        finally:
+            state.own -= 1
+            self.spent += time.perf_counter() - started
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside a call that is already observed as a whole; what it calls is not looked at."""
+        state = self.state
+        state.inside += 1
+        try:
+            yield
+        finally:
+            state.inside -= 1
+
+    @contextmanager
+    def gradient_call(self) -> Iterator[None]:
+        """Inside a gradient call: a forward that runs here is a recomputation (checkpointing)."""
+        state = self.state
+        state.gradient += 1
+        try:
+            yield
+        finally:
+            state.gradient -= 1
+
+    def fail(self, error: Exception) -> None:
+        """Switch off after ``error``, with one warning that says what to do."""
+        if not self.active:
+            return
+        self.active = False
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" at {frames[-1].name}:{frames[-1].lineno}" if frames else ""
+        self.failure = f"{type(error).__name__}: {error}{where}"
+        warnings.warn(
+            f"divergence_probe switched itself off: {self.failure}. Your run goes on unwatched; "
+            "the report will say incomplete. Please report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

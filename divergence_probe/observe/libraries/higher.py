@@ -1,0 +1,236 @@
+"""higher: every differentiable optimizer is a task, every ``step`` of it an inner step.
+
+Patched at class level (``DifferentiableOptimizer.__init__`` and ``step``, which no subclass
+overrides), so ``innerloop_ctx``, ``get_diff_optim`` and ``create_diff_optim`` are covered under any
+import. higher clones BatchNorm buffers for each task: the base's never move.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.models import KnownModel, fast_module_names
+from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.session import Session, Task
+from divergence_probe.record.schema import FLAGS
+
+LIBRARY = "higher"
+
+
+def install(patches: Patches, session: Session) -> None:
+    """Watch higher's patched models and differentiable optimizers."""
+    import higher.optim
+    import higher.patch
+
+    watch = _Higher(session)
+    optimizer = higher.optim.DifferentiableOptimizer
+    patches.swap_code(higher.patch.monkeypatch, watch.monkeypatch)
+    patches.set_attribute(optimizer, "__init__", watch.begin)
+    patches.set_attribute(optimizer, "step", watch.step)
+    cell = higher.innerloop_ctx.__closure__[0]  # the generator under @contextmanager
+    original = cell.cell_contents
+    cell.cell_contents = watch.context(original)
+    patches.add_undo(lambda: setattr(cell, "cell_contents", original))
+
+
+class _Higher:
+    """What is known of higher's objects; weak, so that nothing of the user's is kept alive."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.tasks: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
+        self.bases: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def monkeypatch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Note which model a patched one was made from, and whether its weights were copied."""
+        signature = inspect.signature(original)
+
+        def monkeypatch(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.session.guard.watching:
+                with self.session.guard.work():
+                    bound = signature.bind(*args, **kwargs)
+                    bound.apply_defaults()
+                    module = bound.arguments["module"]
+                    copied = bool(bound.arguments["copy_initial_weights"])
+                    self.bases[result] = (weakref.ref(module), copied)
+                    self.session.models.register(module)
+            return result
+
+        return monkeypatch
+
+    def begin(self, original: Callable[..., None]) -> Callable[..., None]:
+        """A differentiable optimizer is made: a task begins."""
+
+        def __init__(  # noqa: N807 - it stands in for one
+            self_: Any, other: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            original(self_, other, *args, **kwargs)
+            if self.session.guard.watching:
+                with self.session.guard.work():
+                    self._start(self_, other)
+
+        return __init__
+
+    def _start(self, optimizer: Any, other: Any) -> None:
+        session = self.session
+        fast = optimizer._fmodel
+        base, copied = None, False
+        known: KnownModel | None = None
+        if fast is not None and fast in self.bases:
+            reference, copied = self.bases[fast]
+            base = reference()
+        if base is not None:
+            known = session.models.register(base)
+            known.refresh(base)
+        else:
+            tensors = [p for group in other.param_groups for p in group["params"]]
+            found = session.models.find(tensors[0]) if tensors else None
+            known = found[0] if found else session.models.discover(tensors)
+            known = known or session.models.nameless(tensors, [""] * len(tensors))
+        task = session.start_task(
+            known,
+            "higher",
+            session.sites.here(),
+            optimizer=type(other).__name__,
+            track_higher_grads=bool(optimizer._track_higher_grads),
+            copy_initial_weights=copied,
+            carried_steps=_carried_steps(other),
+            carried_state=_carries_state(other),
+            compiled=bool(fast is not None and "_compiled_call_impl" in fast.__dict__
+                          and fast.__dict__["_compiled_call_impl"] is not None),
+            base_training=bool(base.training) if base is not None else None,
+        )
+        if fast is not None:
+            task.module_names = fast_module_names(fast)
+        self.tasks[optimizer] = task
+
+    def step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """One inner step; its gradients are read through higher's own callback."""
+
+        def step(
+            self_: Any,
+            loss: Tensor,
+            params: Any = None,
+            override: Any = None,
+            grad_callback: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            guard = self.session.guard
+            task = self.tasks.get(self_) if guard.watching else None
+            if task is None or task.ended:
+                return original(self_, loss, params, override, grad_callback, **kwargs)
+            callback = grad_callback if grad_callback is not None else self_._grad_callback
+            seen: list[Any] = []
+
+            def read(gradients: Any) -> Any:
+                applied = callback(gradients) if callback is not None else gradients
+                seen.extend((gradients, applied))
+                return applied
+
+            params = list(params) if params is not None else None
+            with guard.work():
+                before = list(params if params is not None else self_._fmodel.fast_params)
+                forwards = _take(self.session, task)
+                if (site := self.session.sites.here()) >= 0:
+                    task.data["step_site"] = site
+            with guard.gradient_call():
+                result = original(self_, loss, params, override, read, **kwargs)
+            with guard.work():
+                self._record(self_, task, before, list(result), seen, loss, forwards)
+            return result
+
+        return step
+
+    def _record(
+        self,
+        optimizer: Any,
+        task: Task,
+        before: list[Tensor],
+        after: list[Tensor],
+        seen: list[Any],
+        loss: Tensor,
+        forwards: Forwards,
+    ) -> None:
+        raw = [g if g is None or g.numel() else None for g in seen[0]]
+        flags = 0
+        if any(g is not None and g.requires_grad for g in raw):
+            flags |= FLAGS["second_order"]
+        if seen[1] is not seen[0] and _changed(seen[0], seen[1]):
+            flags |= FLAGS["clipped"]
+        self.session.step(
+            task,
+            [tensor.detach() for tensor in before],
+            [tensor.detach() for tensor in after],
+            [g.detach() if g is not None else None for g in raw],
+            loss=loss.detach(),
+            learning_rate=_learning_rate(optimizer.param_groups),
+            site=task.data["step_site"] if "step_site" in task.data else -1,
+            forwards=forwards,
+            flags=flags,
+        )
+        task.fast = [weakref.ref(tensor) for tensor in after]
+
+    def context(self, original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """``innerloop_ctx`` ends its task when the ``with`` block does."""
+
+        def innerloop(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            optimizer: Any = None
+            generator = original(*args, **kwargs)
+            try:
+                pair = next(generator)
+                optimizer = pair[1]
+                yield pair
+                for _ in generator:  # run what higher does after its yield
+                    pass
+            finally:
+                generator.close()  # type: ignore[attr-defined]
+                task = self.tasks.get(optimizer) if optimizer is not None else None
+                if task is not None and self.session.guard.active:
+                    with self.session.guard.work():
+                        self.session.finish_task(task)
+
+        return innerloop
+
+
+def _take(session: Session, task: Task) -> Forwards:
+    taken = task.forwards.take()
+    loose = session.loose.forwards.take()
+    taken.loss = taken.loss if taken.loss is not None else loose.loss
+    return taken
+
+
+def _changed(raw: Any, applied: Any) -> bool:
+    """Whether a gradient callback gave other tensors back (clipping, masking)."""
+    return any(a is not b for a, b in zip(raw, applied, strict=False))
+
+
+def _learning_rate(groups: list[dict[str, Any]]) -> Any:
+    rates = [group["lr"] for group in groups if "lr" in group]
+    if not rates:
+        return None
+    if any(isinstance(rate, Tensor) for rate in rates):
+        return rates[0].detach() if isinstance(rates[0], Tensor) else rates[0]
+    return max(rates)
+
+
+def _carried_steps(optimizer: Any) -> float:
+    """The largest step count in an optimizer's state: above 0 it was used before."""
+    steps = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
+    return max(steps, default=0.0)
+
+
+def _carries_state(optimizer: Any) -> bool:
+    return any(
+        isinstance(value, Tensor) and value.numel() > 1 and bool((value != 0).any())
+        for state in optimizer.state.values()
+        for value in state.values()
+    )

@@ -1,0 +1,49 @@
+"""The last loss that was computed, so that a query evaluated without a gradient has one too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.session import Session
+
+_LOSSES = (
+    F.cross_entropy,
+    F.nll_loss,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.kl_div,
+    F.multi_margin_loss,
+)
+
+
+def install(patches: Patches, session: Session) -> None:
+    """Watch torch's loss functions; loss modules call them too."""
+    for function in _LOSSES:
+        patches.swap_code(function, lambda original: _loss(session, original))
+
+
+def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    guard = session.guard
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not guard.watching:
+            return original(*args, **kwargs)
+        with guard.inside():
+            result = original(*args, **kwargs)
+        if isinstance(result, Tensor) and result.numel() == 1:
+            with guard.work():
+                forwards = session.open[-1].forwards if session.open else session.loose.forwards
+                forwards.loss = result.detach()
+        return result
+
+    return loss

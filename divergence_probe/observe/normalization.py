@@ -1,0 +1,194 @@
+"""Normalisation and dropout as they really run: which statistics were used, over how many values.
+
+Both are seen at the function all of torch calls (``F.batch_norm``, ``F.dropout``), so a module, a
+library's copy of it and a hand-written functional net are seen alike, and a net without them pays
+nothing. (A global forward hook costs every module call, about 3 microseconds each.)
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+
+from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall
+from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.session import Session, Task
+
+# this function <- handler <- forwarding stub in place of the function's code <- module.forward
+_CALLER = 3
+
+
+def install(patches: Patches, session: Session) -> None:
+    """Watch ``F.batch_norm`` and the dropout functions."""
+    patches.swap_code(F.batch_norm, lambda original: _batch_norm(session, original))
+    for dropout in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
+        patches.swap_code(dropout, lambda original: _dropout(session, original))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under every functorch wrapper: safe to keep and to measure."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    guard = session.guard
+
+    def batch_norm(
+        input: Tensor,  # noqa: A002 - the name is torch's
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if torch.compiler.is_compiling() or not guard.watching:
+            return original(*call)
+        before = None
+        if running_mean is not None and running_var is not None:
+            with guard.work():
+                before = torch.stack((plain(running_mean), plain(running_var)))
+        with guard.inside():  # an active function mode makes torch call the function once more
+            result = original(*call)
+        with guard.work():
+            module = _calling_module()
+            _note(session, module, call, before)
+        return result
+
+    return batch_norm
+
+
+def _note(
+    session: Session, module: nn.Module | None, call: tuple[Any, ...], before: Tensor | None
+) -> None:
+    """Write down one finished ``F.batch_norm`` call."""
+    if session.guard.state.gradient:
+        _recomputed(session, module, bool(call[5]) and call[1] is not None)
+        return
+    data, running_mean, running_var, weight, _, training, momentum, _ = call
+    data = plain(data)
+    after = batch = None
+    if before is not None and training:
+        after = torch.stack((plain(running_mean), plain(running_var)))
+    channels = data.shape[1] if data.dim() > 1 else 1
+    owner = _owner(session, module)
+    forwards = _forwards(session, owner)
+    if not training and _first_of_phase(forwards, module, weight):
+        # Needed to judge the running statistics, and costs a pass: once a phase, not every step.
+        batch = _batch_statistics(data)
+    name = owner.module_names.get(id(module)) if owner and owner.module_names else None
+    forwards.normalizations.append(
+        NormalizationCall(
+            module=weakref.ref(module) if module is not None else None,
+            weight=weakref.ref(weight) if weight is not None else None,
+            training=bool(training),
+            momentum=momentum if isinstance(momentum, float) else 0.0,
+            before=before,
+            after=after,
+            batch=batch,
+            values=data.numel() // max(channels, 1),
+            batches=_counter(module),
+            shared=running_mean is not None and session.models.is_base_buffer(running_mean),
+            buffers=id(running_mean) if running_mean is not None else 0,
+            name=name,
+        )
+    )
+
+
+def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:
+    """A forward inside a backward: checkpointing runs it again, and statistics move again."""
+    owner = _owner(session, module)
+    if owner is None and session.open:
+        owner = session.open[-1]
+    names = owner.module_names if owner is not None and owner.module_names else {}
+    known = session.models.owner(module) if module is not None else None
+    layer = names.get(id(module)) or (known[1] if known else None)
+    if statistics_moved and owner is not None and layer not in owner.recomputed:
+        owner.recomputed.add(layer)
+        session.event("recomputed", owner, session.sites.here(), layer=layer)
+
+
+def _batch_statistics(data: Tensor) -> Tensor | None:
+    """The batch's mean and variance per channel ``[2, C]``; None for a single value a channel."""
+    axes = [axis for axis in range(data.dim()) if axis != 1]
+    if not axes or data.numel() <= data.shape[1]:
+        return None
+    variance, mean = torch.var_mean(data.detach().float(), dim=axes)
+    return torch.stack((mean, variance))
+
+
+def _first_of_phase(
+    forwards: Forwards, module: nn.Module | None, weight: Tensor | None
+) -> bool:
+    """Whether this layer was not called yet since the last gradient."""
+    for call in forwards.normalizations:
+        if module is not None and call.module is not None and call.module() is module:
+            return False
+        if module is None and call.weight is not None and call.weight() is weight:
+            return False
+    return True
+
+
+def _counter(module: nn.Module | None) -> int | Tensor | None:
+    counter = getattr(module, "num_batches_tracked", None)
+    if not isinstance(counter, Tensor):
+        return None
+    counter = plain(counter)
+    return int(counter) if counter.device.type == "cpu" else counter.clone()
+
+
+def _calling_module() -> nn.Module | None:
+    """The module whose ``forward`` called the function, if one did."""
+    module = sys._getframe(_CALLER).f_locals.get("self")
+    return module if isinstance(module, nn.Module) else None
+
+
+def _owner(session: Session, module: nn.Module | None) -> Task | None:
+    """The open task whose fast model the module is part of."""
+    if module is not None:
+        for task in reversed(session.open):
+            if task.module_names is not None and id(module) in task.module_names:
+                return task
+    return None
+
+
+def _forwards(session: Session, owner: Task | None) -> Forwards:
+    return owner.forwards if owner is not None else session.loose.forwards
+
+
+def _dropout(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    guard = session.guard
+
+    def dropout(
+        input: Tensor,  # noqa: A002 - the name is torch's
+        p: float = 0.5,
+        training: bool | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        if training is None:
+            training = original.__defaults__[1]  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or not guard.watching:
+            return original(input, p, training, inplace)
+        with guard.inside():
+            result = original(input, p, training, inplace)
+        with guard.work():
+            module = _calling_module()
+            owner = _owner(session, module)
+            active = bool(training) and p > 0
+            name = owner.module_names.get(id(module)) if owner and owner.module_names else None
+            reference = weakref.ref(module) if module is not None else None
+            _forwards(session, owner).dropouts.append(DropoutCall(reference, active, p, name))
+        return result
+
+    return dropout

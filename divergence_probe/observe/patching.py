@@ -1,0 +1,85 @@
+"""Put instruments into torch and into libraries, and take every one of them out again."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+_FORWARDING = """
+def {name}(*args, **kwargs):
+    return {handler}(*args, **kwargs)
+"""
+
+
+class Patches:
+    """What is patched at the moment; :meth:`undo` restores it in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def swap_code(
+        self, function: types.FunctionType, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        """Make ``function`` call a handler, whatever name the user imported it under.
+
+        The function object stays the same, so ``from torch.autograd import grad`` is covered as
+        well as ``torch.autograd.grad``. Its signature and documentation stay readable.
+
+        Args:
+            function: a plain Python function without closure variables.
+            make: takes a callable that runs the original code, returns the handler.
+        """
+        saved = (function.__code__, function.__defaults__, function.__kwdefaults__)
+        original = types.FunctionType(
+            saved[0], function.__globals__, function.__name__, saved[1], function.__closure__
+        )
+        original.__kwdefaults__ = saved[2]
+        original.__module__ = function.__module__
+        handler_name = f"_divergence_probe_{function.__name__}_{id(self)}"
+        namespace: dict[str, Any] = {}
+        source = _FORWARDING.format(name=function.__name__, handler=handler_name)
+        exec(compile(source, __file__, "exec"), namespace)  # noqa: S102 - our own template
+        handler_globals = function.__globals__
+        handler_globals[handler_name] = make(original)
+        had_wrapped = "__wrapped__" in function.__dict__
+        function.__defaults__ = function.__kwdefaults__ = None
+        function.__code__ = namespace[function.__name__].__code__
+        if not had_wrapped:
+            function.__wrapped__ = original  # type: ignore[attr-defined]
+
+        def undo() -> None:
+            function.__code__, function.__defaults__, function.__kwdefaults__ = saved
+            if not had_wrapped:
+                function.__dict__.pop("__wrapped__", None)
+            handler_globals.pop(handler_name, None)
+
+        self._undo.append(undo)
+
+    def set_attribute(
+        self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        """Replace ``owner.name`` by ``make(original)``, restoring inheritance when undone."""
+        own = name in vars(owner)
+        original = vars(owner)[name] if own else getattr(owner, name)
+        replacement = make(original)
+        setattr(owner, name, replacement)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not replacement:
+                return  # somebody patched over us: taking theirs away would be harm
+            if own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
+    def add_undo(self, undo: Callable[[], None]) -> None:
+        """Register any other way back, such as a hook handle's ``remove``."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Restore everything, the latest first."""
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,385 @@
+"""What is known of the run right now: open tasks, pending rows, and the way out to the recording.
+
+Instruments and library adapters report here in the words of the field (a task starts, an inner step
+was taken, the outer optimizer stepped); the session gives indices, keeps rows by reference and
+closes a block when a task ends, when 64 rows are pending, or when a loss turns non-finite.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from divergence_probe.observe.callsite import CallSites
+from divergence_probe.observe.capture import Forwards, NormalizationCall, Number, Row
+from divergence_probe.observe.guard import Guard
+from divergence_probe.observe.models import KnownModel, Models
+from divergence_probe.observe.statistics import build_block
+from divergence_probe.record.schema import (
+    OUTER,
+    QUERY,
+    SUPPORT,
+    Block,
+    Event,
+    Layout,
+    empty_block,
+)
+
+_ROWS_PER_BLOCK = 64
+_BYTES_PER_BLOCK = 32 * 2**20
+_SECONDS_PER_BLOCK = 1.0
+
+
+class Sink(Protocol):
+    """Where measured blocks go: the writer and the rules."""
+
+    def block(self, block: Block) -> None:
+        """Take a closed block; may raise DivergenceDetected when the user asked for it."""
+
+
+@dataclass
+class Task:
+    """One inner loop: from the base's weights to the adapted ones.
+
+    Attributes:
+        index: of the run; a vmapped task stands for ``width`` consecutive indices.
+        known: the user's model.
+        adapter: how it is seen.
+        site: number of the user's line where it began.
+        width: number of tasks batched by vmap.
+        steps: inner steps taken so far.
+        forwards: what ran forward on its own modules since its last gradient.
+        module_names: names of the modules of its fast model, by identity.
+        last: the row of its last step.
+        fast: weak references to its current fast weights.
+        recomputed: normalisation layers seen running again inside a gradient call.
+        data: facts for its events.
+    """
+
+    index: int
+    known: KnownModel
+    adapter: str
+    site: int
+    width: int = 1
+    steps: int = 0
+    forwards: Forwards = field(default_factory=Forwards)
+    module_names: dict[int, str] | None = None
+    last: Row | None = None
+    fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    recomputed: set[str | None] = field(default_factory=set)
+    data: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+
+class ThreadForwards(threading.local):
+    """What ran forward on this thread and belongs to no task yet."""
+
+    def __init__(self) -> None:
+        self.forwards = Forwards()
+
+
+class Session:
+    """The run as observed so far; see the module's docstring.
+
+    Args:
+        sink: takes closed blocks.
+        guard: timing and the off switch.
+        rank: of this process.
+    """
+
+    def __init__(self, sink: Sink, guard: Guard, rank: int = 0) -> None:
+        self.guard = guard
+        self.models = Models()
+        self.sites = CallSites()
+        self.loose = ThreadForwards()
+        self.open: list[Task] = []
+        self.adapters: list[str] = []
+        self.bases: set[KnownModel] = set()
+        self.incomplete: dict[str, None] = {}
+        self.eager = False
+        self.phase: str | None = None
+        self.label: str | None = None
+        self._sink = sink
+        self._rank = rank
+        self._started = self._flushed = time.perf_counter()
+        self._indices = itertools.count()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._events: list[Event] = []
+        self._lock = threading.RLock()
+
+    # -- what happened ------------------------------------------------------------------------
+
+    def seconds(self) -> float:
+        """Since the probe was attached."""
+        return time.perf_counter() - self._started
+
+    def event(
+        self, kind: str, task: Task | None = None, site: int = -1, **data: Any
+    ) -> None:
+        """Something that happened once."""
+        self._events.append(
+            Event(
+                kind,
+                task.index if task is not None else -1,
+                task.steps if task is not None else -1,
+                self.seconds(),
+                self.sites.name(site),
+                data,
+            )
+        )
+
+    def unseen(self, sentence: str) -> None:
+        """Say, once, what could not be observed and how it could be."""
+        if sentence not in self.incomplete:
+            self.incomplete[sentence] = None
+            self.event("incomplete", None, -1, reason=sentence)
+
+    def start_task(
+        self, known: KnownModel, adapter: str, site: int, width: int = 1, **data: Any
+    ) -> Task:
+        """An inner loop begins on ``known``."""
+        index = next(self._indices)
+        for _ in range(width - 1):
+            next(self._indices)
+        task = Task(index, known, adapter, site, width, data=data)
+        self.open.append(task)
+        self.bases.add(known)
+        if adapter not in self.adapters:
+            self.adapters.append(adapter)
+        self.event(
+            "task-start",
+            task,
+            site,
+            adapter=adapter,
+            model=known.layout.model,
+            width=width,
+            label=self.label,
+            **data,
+        )
+        return task
+
+    def step(
+        self,
+        task: Task,
+        before: Sequence[Tensor | None],
+        after: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+        *,
+        loss: Number,
+        learning_rate: Number,
+        site: int,
+        forwards: Forwards,
+        flags: int = 0,
+    ) -> Row:
+        """An inner step was taken. Tensors must be detached and safe from in-place changes."""
+        row = Row(
+            task.index,
+            task.steps,
+            SUPPORT,
+            task.known.layout.index,
+            site,
+            self.seconds(),
+            before,
+            after,
+            gradients,
+            forwards,
+            loss,
+            learning_rate,
+            flags,
+            task.width,
+            task.last,
+        )
+        task.last = row
+        task.steps += 1
+        self._add(row, task)
+        return row
+
+    def query(
+        self, task: Task, forwards: Forwards, loss: Number, site: int, flags: int = 0
+    ) -> None:
+        """The adapted weights were used: a forward, and maybe a gradient, after the last step."""
+        nothing = [None] * len(task.known.layout.parameters)
+        row = Row(
+            task.index,
+            task.steps,
+            QUERY,
+            task.known.layout.index,
+            site,
+            self.seconds(),
+            nothing,
+            nothing,
+            nothing,
+            forwards,
+            loss if loss is not None else forwards.loss,
+            None,
+            flags,
+            task.width,
+        )
+        self._add(row, task)
+
+    def outer_step(
+        self,
+        known: KnownModel,
+        before: Sequence[Tensor | None],
+        after: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+        *,
+        learning_rate: Number,
+        site: int,
+        **data: Any,
+    ) -> None:
+        """The outer optimizer moved the base's weights."""
+        self.finish_tasks()
+        row = Row(
+            -1,
+            -1,
+            OUTER,
+            known.layout.index,
+            site,
+            self.seconds(),
+            before,
+            after,
+            gradients,
+            Forwards(),
+            None,
+            learning_rate,
+        )
+        missing = [
+            info.name
+            for info, gradient, parameter in zip(
+                known.layout.parameters, gradients, before, strict=True
+            )
+            if gradient is None and parameter is not None
+        ]
+        self.event("outer-step", None, site, without_gradient=missing, **data)
+        self._add(row, None)
+
+    def finish_task(self, task: Task) -> None:
+        """The inner loop ended; forwards nobody took a gradient of become its query row."""
+        if task.ended:
+            return
+        task.ended = True
+        if task in self.open:
+            self.open.remove(task)
+        if task.forwards and task.steps:
+            self.query(task, task.forwards.take(), None, -1)
+        task.last = None
+        self.event("task-end", task, -1, steps=task.steps)
+        if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
+            self.flush()
+
+    def finish_tasks(self) -> None:
+        """Every open task of this thread ended."""
+        mine = threading.get_ident()
+        for task in list(self.open):
+            if task.thread == mine:
+                self.finish_task(task)
+
+    # -- pending rows ---------------------------------------------------------------------------
+
+    def _add(self, row: Row, task: Task | None) -> None:
+        known = task.known if task is not None else None
+        if known is not None and row.forwards:
+            self._name(row.forwards, known, task)
+        with self._lock:
+            if self._rows and self._rows[-1].layout != row.layout:
+                self.flush()
+            self._rows.append(row)
+            self._bytes += row.size()
+            if (
+                len(self._rows) >= _ROWS_PER_BLOCK
+                or self._bytes > _BYTES_PER_BLOCK
+                or _alarming(row.loss)
+            ):
+                self.flush()
+
+    def _name(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
+        """Give every call its layer name while its module is still alive."""
+        for order, call in enumerate((*forwards.normalizations, *forwards.dropouts)):
+            if call.name is not None:
+                continue
+            module = call.module() if call.module is not None else None
+            name = None
+            if module is not None:
+                name = known.name_of(module)
+                if name is None and task is not None and task.module_names is not None:
+                    name = task.module_names.get(id(module))
+            if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
+                name = self._name_by_weight(call, known, task)
+            if name is None:
+                kind = type(module).__name__ if module is not None else "batch_norm"
+                name = f"{kind}[{order}]"
+            call.name = name
+
+    def _name_by_weight(
+        self, call: NormalizationCall, known: KnownModel, task: Task | None
+    ) -> str | None:
+        weight = call.weight() if call.weight is not None else None
+        if weight is None:
+            return None
+        position = known.position(weight)
+        if position is None and task is not None:
+            for index, reference in enumerate(task.fast):
+                if reference is not None and reference() is weight:
+                    position = index
+        if position is None:
+            return None
+        name = known.layout.parameters[position].name
+        return name.rpartition(".")[0] or name
+
+    def flush(self) -> None:
+        """Measure the pending rows and hand them on as a block."""
+        with self._lock:
+            self._flushed = time.perf_counter()
+            rows, self._rows, self._bytes = self._rows, [], 0
+            events, self._events = self._events, []
+            if not rows and not events:
+                return
+            block = self._measure(rows, events)
+            for row in rows:
+                row.previous = None
+        self._sink.block(block)
+
+    def _measure(self, rows: list[Row], events: list[Event]) -> Block:
+        layouts = self.models.layouts
+        layout = layouts[rows[0].layout if rows else 0] if layouts else Layout(0, "", ())
+        if not rows:
+            return empty_block(layout, self.sites.table, events, self._rank)
+        with _no_user_modes():
+            return build_block(rows, layout, self.sites.table, events, self._rank)
+
+    def close(self) -> None:
+        """End everything that is open and hand on what is left."""
+        for task in list(self.open):
+            self.finish_task(task)
+        self.flush()
+
+
+def _alarming(loss: Number) -> bool:
+    """Whether a loss is visibly non-finite, looked at only where that needs no GPU sync."""
+    if isinstance(loss, Tensor):
+        if loss.device.type != "cpu" or loss.numel() != 1:
+            return False
+        loss = float(loss)
+    return loss is not None and not math.isfinite(loss)
+
+
+def _no_user_modes() -> AbstractContextManager[Any]:
+    """A user's dispatch mode (a flop counter, say) must not see our arithmetic."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    return _disable_current_modes()
+

@@ -1,0 +1,278 @@
+"""``attach``: watch a loop from here on; the only wiring of observe, record, rules and diagnosis."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ContextDecorator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from divergence_probe.diagnosis.analysis import Analysis
+from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
+from divergence_probe.errors import DivergenceDetected, UsageError
+from divergence_probe.record.reader import Recording
+from divergence_probe.record.schema import SCHEMA_VERSION, Block
+from divergence_probe.record.writer import Writer
+from divergence_probe.report.presented import PresentedDiagnosis
+from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.selection import Selection
+from divergence_probe.thresholds import Thresholds
+from divergence_probe.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from divergence_probe.observe.session import Session
+
+Level = Literal["error", "warning"]
+
+
+class Probe(ContextDecorator):
+    """Watches inner loops between ``__enter__`` and ``__exit__``; see :func:`attach`."""
+
+    def __init__(
+        self,
+        models: Iterable[nn.Module] = (),
+        *,
+        raise_on: Level | None = None,
+        output: str | os.PathLike[str] | None = None,
+        force: bool = False,
+        selection: Selection | None = None,
+        thresholds: Thresholds | None = None,
+        on_finding: Callable[[Finding], None] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._models = tuple(models)
+        self._raise_on = Severity.of(raise_on) if raise_on is not None else None
+        self._output = Path(output) if output is not None else None
+        self._force = force
+        self._selection = selection
+        self._thresholds = thresholds
+        self._on_finding = on_finding
+        self._extra_meta = dict(meta or {})
+        self._stack: list[_Watch] = []
+        self._last: _Watch | None = None
+
+    def __enter__(self) -> Self:
+        watch = _Watch(self)
+        watch.start(self._models)
+        self._stack.append(watch)
+        self._last = watch
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        watch = self._stack.pop()
+        watch.stop(error)
+        if error is None and self._raise_on is not None:
+            watch.raise_if(self._raise_on)
+
+    @property
+    def diagnosis(self) -> PresentedDiagnosis:
+        """The answer so far (or at the end): printable, also in a notebook, with ``to_dict()``."""
+        return PresentedDiagnosis.of(self._current().diagnosis())
+
+    @property
+    def recording(self) -> Recording:
+        """What was recorded so far, as tables: ``steps()``, ``batch_norm()``, ``tasks()``."""
+        return self._current().recording()
+
+    def _current(self) -> _Watch:
+        if self._last is None:
+            raise UsageError("The probe was never attached: use it as `with attach() as probe:`.")
+        return self._last
+
+
+def attach(
+    *models: nn.Module,
+    raise_on: Level | None = None,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    intent: Iterable[str] = (),
+    thresholds: Mapping[str, float] | None = None,
+    on_finding: Callable[[Finding], None] | None = None,
+) -> Probe:
+    """Watch every inner loop that runs inside the ``with`` block (or the decorated function).
+
+    Your numbers and random draws stay bit-identical, and nothing of the probe remains afterwards.
+
+    Args:
+        models: your models; optional, their names are found without.
+        raise_on: ``"error"`` or ``"warning"``: raise :class:`DivergenceDetected` inside the loop
+            as soon as a finding of that severity is made.
+        output: folder of the recording; a temporary one, gone with the probe, by default.
+        force: replace a recording already in ``output``.
+        select: rule codes or prefixes to keep.
+        ignore: rule codes or prefixes to drop; ``CODE:GLOB`` for layers only.
+        intent: what is meant, so that it is not remarked on, such as ``"reptile"``.
+        thresholds: overrides by name.
+        on_finding: called with each finding of a new kind, as it is made.
+
+    Raises:
+        RecordingError: ``output`` cannot be written, or holds a recording already.
+        UsageError: an unknown intent or threshold.
+        DivergenceDetected: with ``raise_on``, from inside the loop.
+    """
+    return Probe(
+        models,
+        raise_on=raise_on,
+        output=output,
+        force=force,
+        selection=Selection(tuple(select), tuple(ignore), tuple(intent)),
+        thresholds=Thresholds(thresholds),
+        on_finding=on_finding,
+    )
+
+
+class _Watch:
+    """One stretch of watching: from one ``__enter__`` to its ``__exit__``."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._analysis = Analysis(probe._selection, probe._thresholds)
+        self._session: Session | None = None
+        self._observer: Any = None
+        self._writer: Writer | None = None
+        self._folder: Path | None = None
+        self._seconds = 0.0
+        self._exception: ExceptionReport | None = None
+
+    def start(self, models: Iterable[nn.Module]) -> None:
+        # torch is imported here and not with the package: pytest imports the package on every run.
+        from divergence_probe.observe.guard import Guard
+        from divergence_probe.observe.observer import Observer
+        from divergence_probe.observe.session import Session
+
+        folder = self._probe._output
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="divergence-probe-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._folder = folder
+        self._writer = Writer(folder, self._meta(), force=self._probe._force)
+        self._session = Session(self, Guard())
+        self._session.eager = self._probe._raise_on is not None
+        for model in models:
+            self._session.models.register(model)
+        self._started = time.perf_counter()
+        self._observer = Observer(self._session)
+        self._observer.install()
+
+    def block(self, block: Block) -> None:
+        """Take a closed block from the session (it is the session's sink)."""
+        assert self._writer is not None and self._session is not None
+        self._writer.block(block, [x.to_json() for x in self._session.models.layouts])
+        fresh = self._analysis.feed(block)
+        for finding in fresh:
+            if self._probe._on_finding is not None:
+                self._probe._on_finding(finding)
+        level = self._probe._raise_on
+        if level is not None and any(f.severity >= level for f in fresh):
+            self.raise_if(level)
+
+    def raise_if(self, level: Severity) -> None:
+        """Raise for findings of ``level`` or above."""
+        findings = tuple(f for f in self._analysis.engine.findings if f.severity >= level)
+        if findings:
+            from divergence_probe.report import concise
+
+            raise DivergenceDetected("\n" + concise.render(self.diagnosis()), findings)
+
+    def stop(self, error: BaseException | None) -> None:
+        session = self._session
+        assert session is not None and self._writer is not None
+        guard = session.guard
+        if error is not None and not isinstance(error, DivergenceDetected | SystemExit):
+            self._exception = _exception(error, session)
+        level, self._probe._raise_on = self._probe._raise_on, None
+        try:
+            if guard.active:
+                with guard.work():
+                    session.close()
+        finally:
+            self._probe._raise_on = level
+        self._observer.uninstall()
+        guard_failed = guard.failure
+        guard.active = False
+        self._seconds = time.perf_counter() - self._started
+        self._analysis.finish()
+        if guard_failed:
+            self._analysis.collector.incomplete.setdefault(
+                f"The probe switched itself off during the run: {guard_failed}."
+            )
+        self._writer.close(
+            {"seconds": self._seconds, "overhead_fraction": self._overhead(), **self._ending()}
+        )
+
+    def _ending(self) -> dict[str, Any]:
+        exception = self._exception
+        return {"exception": vars(exception) if exception is not None else None,
+                "incomplete": list(self._analysis.collector.incomplete)}
+
+    def diagnosis(self) -> Diagnosis:
+        """The answer so far."""
+        session = self._session
+        if session is not None and session.guard.active:
+            with session.guard.work():
+                session.flush()
+        output = self._probe._output
+        return self._analysis.diagnosis(
+            overhead=self._overhead(),
+            exception=self._exception,
+            recording=str(output) if output is not None else None,
+        )
+
+    def recording(self) -> Recording:
+        """The recording as it is on disk now."""
+        session = self._session
+        if session is not None and session.guard.active:
+            with session.guard.work():
+                session.flush()
+        assert self._folder is not None
+        return Recording(self._folder)
+
+    def _overhead(self) -> float:
+        if self._session is None:
+            return 0.0
+        seconds = self._seconds or time.perf_counter() - self._started
+        return min(self._session.guard.spent / max(seconds, 1e-9), 1.0)
+
+    def _meta(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "tool_version": __version__,
+            "argv": list(sys.argv),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "started": time.time(),
+            "complete": False,
+            **self._probe._extra_meta,
+        }
+
+
+def _exception(error: BaseException, session: Session) -> ExceptionReport:
+    """What ended the block, and whether it came out of an inner loop."""
+    site = None
+    inner = False
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not session.sites.foreign(code):
+            site = f"{code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    inner = bool(session.open)
+    return ExceptionReport(type(error).__name__, str(error), inner, site)

@@ -1,0 +1,182 @@
+"""Read a recording: block by block for the rules, as tables for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from divergence_probe.errors import RecordingError
+from divergence_probe.record.schema import (
+    BATCH_NORM_COLUMNS,
+    PARAMETER_COLUMNS,
+    SCALAR_COLUMNS,
+    SCHEMA_VERSION,
+    Array,
+    Block,
+    Event,
+    Layout,
+    empty_block,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Recording:
+    """A recording folder, finished or not; a cut-off tail is ignored.
+
+    Args:
+        folder: as written by ``probe run -o FOLDER``.
+
+    Raises:
+        RecordingError: there is no recording, or it was written by a newer version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "meta.json"
+        try:
+            self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RecordingError(
+                f"{self.folder} holds no recording (no meta.json). Give the folder that "
+                "`probe run -o FOLDER` wrote; by default they are under .probe/."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RecordingError(
+                f"{path} cannot be read ({error}). Record the run again."
+            ) from error
+        if self.meta.get("schema_version", 0) > SCHEMA_VERSION:
+            raise RecordingError(
+                f"{self.folder} was written by a newer version "
+                f"({self.meta.get('tool_version')}). Upgrade divergence-probe to read it."
+            )
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that recorded, in order."""
+        folders = self.folder.glob("rank-*")
+        return sorted(int(f.name.removeprefix("rank-")) for f in folders if f.is_dir())
+
+    def blocks(self) -> Iterator[Block]:
+        """Every block as it was recorded, rank by rank, events with the rows they precede."""
+        for rank in self.ranks:
+            yield from self._rank_blocks(rank)
+
+    def _rank_blocks(self, rank: int) -> Iterator[Block]:
+        folder = self.folder / f"rank-{rank}"
+        meta = self.meta
+        if rank and (folder / "meta.json").exists():
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        layouts = [Layout.from_json(i, data) for i, data in enumerate(meta.get("layouts", []))]
+        sites = meta.get("sites", [])
+        events = _Events(folder / "events.arrow")
+        for batch in _batches(folder / "steps.arrow"):
+            layout = layouts[batch.column("layout")[0].as_py()]
+            until = float(batch.column("seconds")[batch.num_rows - 1].as_py())
+            yield _block(batch, layout, sites, events.until(until), rank)
+        rest = events.until(float("inf"))
+        if rest:
+            layout = layouts[0] if layouts else Layout(0, "", ())
+            yield empty_block(layout, sites, rest, rank)
+
+    def events(self) -> list[Event]:
+        """Every event of every rank, in order of time within a rank."""
+        return [
+            event
+            for rank in self.ranks
+            for event in _Events(self.folder / f"rank-{rank}" / "events.arrow").until(float("inf"))
+        ]
+
+    def steps(self) -> pd.DataFrame:
+        """One row per inner (or query, or outer) step and parameter; see :mod:`.tables`."""
+        from divergence_probe.record import tables
+
+        return tables.steps(self)
+
+    def batch_norm(self) -> pd.DataFrame:
+        """One row per step and normalisation layer that was called."""
+        from divergence_probe.record import tables
+
+        return tables.batch_norm(self)
+
+    def tasks(self) -> pd.DataFrame:
+        """One row per task."""
+        from divergence_probe.record import tables
+
+        return tables.tasks(self)
+
+    def findings(self) -> pd.DataFrame:
+        """One row per finding, as the run that recorded it wrote them."""
+        from divergence_probe.record import tables
+
+        return tables.findings(self)
+
+
+class _Events:
+    def __init__(self, path: Path) -> None:
+        self._events = [event for batch in _batches(path) for event in _decode(batch)]
+        self._next = 0
+
+    def until(self, seconds: float) -> list[Event]:
+        start = self._next
+        while self._next < len(self._events) and self._events[self._next].seconds <= seconds:
+            self._next += 1
+        return self._events[start : self._next]
+
+
+def _decode(batch: pa.RecordBatch) -> Iterator[Event]:
+    for row in batch.to_pylist():
+        yield Event(
+            row["kind"],
+            row["task"],
+            row["step"],
+            row["seconds"],
+            row["site"],
+            json.loads(row["data"]),
+        )
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The whole batches of a stream; one cut off in the middle ends it quietly."""
+    if not path.exists():
+        return
+    with pa.OSFile(str(path)) as file:
+        try:
+            stream = pa.ipc.open_stream(file)
+        except (pa.ArrowInvalid, OSError):
+            return
+        while True:
+            try:
+                yield stream.read_next_batch()
+            except (StopIteration, pa.ArrowInvalid, OSError):
+                return
+
+
+def _block(
+    batch: pa.RecordBatch, layout: Layout, sites: list[str], events: list[Event], rank: int
+) -> Block:
+    scalars = {
+        name: np.asarray(batch.column(name).to_numpy(zero_copy_only=False), dtype=np.float64)
+        for name in SCALAR_COLUMNS
+    }
+    return Block(
+        layout,
+        scalars,
+        {name: _table(batch.column(name)) for name in PARAMETER_COLUMNS},
+        {name: _table(batch.column(name)) for name in BATCH_NORM_COLUMNS},
+        _table(batch.column("dropout")),
+        events,
+        sites,
+        rank,
+    )
+
+
+def _table(column: pa.ListArray) -> Array:
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values, dtype=np.float64).reshape(len(column), -1)

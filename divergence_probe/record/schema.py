@@ -1,0 +1,208 @@
+"""The shape of a recording: which columns a step has, what they mean, and their units.
+
+A recording is a folder: ``meta.json`` and, for each rank, two Arrow IPC streams, ``rank-N/steps.arrow``
+and ``rank-N/events.arrow``. Arrow readers (pandas, polars, DuckDB) read the streams as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SCHEMA_VERSION = 1
+
+#: A norm that was not there to be measured (a parameter without gradient). Norms are never
+#: negative, so it cannot be mistaken for a measurement, and it is not NaN, which is a finding.
+MISSING = -1.0
+
+#: Phases of a row. A support row is an inner step; a query row is everything between a task's last
+#: inner step and its end; an outer row is one step of the outer (meta) optimizer.
+PHASES = ("support", "query", "outer")
+SUPPORT, QUERY, OUTER = range(3)
+
+#: One number a row.
+SCALAR_COLUMNS: dict[str, str] = {
+    "task": "task index within the run, from 0",
+    "step": "inner step within the task, from 0; for a query row, the steps taken before it",
+    "phase": "0 support, 1 query, 2 outer",
+    "layout": "index into meta.json's layouts: the names behind the list columns",
+    "site": "index into meta.json's sites: the user's line; -1 unknown",
+    "seconds": "since the probe was attached",
+    "loss": "the loss whose gradient was taken; nan where not seen (see loss_seen)",
+    "loss_seen": "1 where a loss was seen",
+    "learning_rate": "largest over parameter groups; -inf where unknown",
+    "instability": "step size x curvature of the step before, from two gradients; nan unknown",
+    "output_norm": "Frobenius norm of the model's output; -1 where not seen",
+    "flags": "bit set, see FLAGS",
+}
+
+#: One number a parameter a row.
+PARAMETER_COLUMNS: dict[str, str] = {
+    "norm_before": "Frobenius norm before the step",
+    "norm_after": "Frobenius norm after the step",
+    "update_norm": "Frobenius norm of after - before",
+    "gradient_norm": "Frobenius norm of the gradient that was applied; -1 where there was none",
+}
+
+#: One number a normalisation layer a row; -1 (or nan for distances) where it was not called.
+BATCH_NORM_COLUMNS: dict[str, str] = {
+    "bn_training": "1 batch statistics, 0 running statistics, -1 not called, 2 both in one row",
+    "bn_calls": "forward calls since the last gradient",
+    "bn_batches": "num_batches_tracked of the buffers used; -1 unknown",
+    "bn_base_batches": "num_batches_tracked of the base model at the task's start; -1 unknown",
+    "bn_values": "values each channel is normalised over, the fewest; -1 unknown",
+    "bn_mean_distance": "RMS over channels of (running - batch mean) / batch deviation",
+    "bn_log_variance_ratio": "mean over channels of ln(running / batch variance)",
+    "bn_drift": "RMS over channels of the move of the running mean / batch deviation",
+    "bn_running_mean_before": "Frobenius norm of the running mean before the forward",
+    "bn_running_mean_after": "the same after",
+    "bn_running_var_before": "mean of the running variance before the forward",
+    "bn_running_var_after": "the same after",
+    "bn_input_finite": "1 where the layer's batch statistics were finite, 0 not, -1 unknown",
+    "bn_untrained": "1 where the running statistics are still exactly mean 0, variance 1",
+}
+
+#: Meanings of the bits in ``flags``.
+FLAGS = {
+    "second_order": 1,
+    "uncertain": 2,
+    "incomplete": 4,
+    "recomputed": 8,
+    "clipped": 16,
+    "accumulated": 32,
+    "skipped": 64,
+}
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter tensor of a layout.
+
+    Attributes:
+        name: dotted name in the user's model.
+        shape: its shape.
+        dtype: such as ``"float32"``.
+        device: such as ``"cpu"``.
+        kind: class of the module that owns it, such as ``"Conv2d"``; empty where unknown.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    kind: str = ""
+
+
+@dataclass
+class Layout:
+    """The names behind the list columns of rows that belong to one model.
+
+    Attributes:
+        index: position in ``meta.json``'s ``layouts``.
+        model: class name of the model, or ``""``.
+        parameters: in the model's own order.
+        batch_norms: names of normalisation layers, in the order they were first called.
+        dropouts: names of dropout layers, likewise.
+    """
+
+    index: int
+    model: str
+    parameters: tuple[ParameterInfo, ...]
+    batch_norms: list[str] = field(default_factory=list)
+    dropouts: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``meta.json``."""
+        return {
+            "model": self.model,
+            "parameters": [
+                {
+                    "name": p.name,
+                    "shape": list(p.shape),
+                    "dtype": p.dtype,
+                    "device": p.device,
+                    "kind": p.kind,
+                }
+                for p in self.parameters
+            ],
+            "batch_norms": list(self.batch_norms),
+            "dropouts": list(self.dropouts),
+        }
+
+    @classmethod
+    def from_json(cls, index: int, data: dict[str, Any]) -> Layout:
+        """The inverse of :meth:`to_json`."""
+        parameters = tuple(
+            ParameterInfo(p["name"], tuple(p["shape"]), p["dtype"], p["device"], p["kind"])
+            for p in data["parameters"]
+        )
+        return cls(
+            index, data["model"], parameters, list(data["batch_norms"]), list(data["dropouts"])
+        )
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened once: a task began, a mode was switched, the outer optimizer stepped.
+
+    Attributes:
+        kind: what happened, such as ``"task-start"``.
+        task: task index, or -1.
+        step: inner step, or -1.
+        seconds: since the probe was attached.
+        site: ``path:line`` in the user's code, or None.
+        data: plain values that belong to it.
+    """
+
+    kind: str
+    task: int = -1
+    step: int = -1
+    seconds: float = 0.0
+    site: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """Consecutive rows of one layout, as arrays ``[S]``, ``[S, P]`` and ``[S, B]``.
+
+    ``S`` rows, ``P`` parameters, ``B`` normalisation layers. ``events`` are those that happened
+    since the block before, in order; ``sites`` resolves the ``site`` column.
+    """
+
+    layout: Layout
+    scalars: dict[str, Array]
+    parameters: dict[str, Array]
+    batch_norm: dict[str, Array]
+    dropout: Array
+    events: list[Event] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    rank: int = 0
+
+    def __len__(self) -> int:
+        return len(self.scalars["task"])
+
+    def site(self, row: int) -> str | None:
+        """The user's line of a row, or None."""
+        number = int(self.scalars["site"][row])
+        return self.sites[number] if 0 <= number < len(self.sites) else None
+
+
+def empty_block(layout: Layout, sites: list[str], events: list[Event], rank: int = 0) -> Block:
+    """A block of events only."""
+    nothing = np.empty(0)
+    return Block(
+        layout,
+        {name: nothing for name in SCALAR_COLUMNS},
+        {name: np.empty((0, len(layout.parameters))) for name in PARAMETER_COLUMNS},
+        {name: np.empty((0, len(layout.batch_norms))) for name in BATCH_NORM_COLUMNS},
+        np.full((0, len(layout.dropouts)), MISSING),
+        events,
+        sites,
+        rank,
+    )

@@ -1,0 +1,166 @@
+"""Write a recording as it happens: Arrow streams, flushed a block at a time, and ``meta.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from divergence_probe.errors import RecordingError
+from divergence_probe.record.schema import (
+    BATCH_NORM_COLUMNS,
+    PARAMETER_COLUMNS,
+    SCALAR_COLUMNS,
+    SCHEMA_VERSION,
+    Array,
+    Block,
+    Event,
+)
+
+_WHOLE = ("task", "step", "phase", "layout", "site", "flags", "loss_seen")
+
+
+def steps_schema() -> pa.Schema:
+    """The Arrow schema of ``steps.arrow``; every column documented in its field metadata."""
+    fields = [
+        pa.field(
+            name,
+            pa.int64() if name in _WHOLE else pa.float64(),
+            metadata={"doc": text},
+        )
+        for name, text in SCALAR_COLUMNS.items()
+    ]
+    for columns in (PARAMETER_COLUMNS, BATCH_NORM_COLUMNS):
+        fields += [
+            pa.field(name, pa.list_(pa.float64()), metadata={"doc": text})
+            for name, text in columns.items()
+        ]
+    fields.append(
+        pa.field("dropout", pa.list_(pa.float64()), metadata={"doc": "1 dropped, 0 passed, -1 not"})
+    )
+    return pa.schema(fields, metadata={"divergence_probe": str(SCHEMA_VERSION)})
+
+
+def events_schema() -> pa.Schema:
+    """The Arrow schema of ``events.arrow``; ``data`` is a JSON object."""
+    return pa.schema(
+        [
+            ("kind", pa.string()),
+            ("task", pa.int64()),
+            ("step", pa.int64()),
+            ("seconds", pa.float64()),
+            ("site", pa.string()),
+            ("data", pa.string()),
+        ]
+    )
+
+
+class Writer:
+    """Appends blocks to a recording folder; what is flushed survives a SIGKILL.
+
+    Args:
+        folder: created if missing; must not hold a recording unless ``force``.
+        meta: plain data about the run for ``meta.json``.
+        rank: this process's rank; ranks share the folder, each has its own sub-folder.
+        force: replace a recording that is already there.
+
+    Raises:
+        RecordingError: the folder holds a recording, or cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, meta: Mapping[str, Any], rank: int = 0, force: bool = False
+    ) -> None:
+        self.folder = folder
+        self._meta = dict(meta)
+        self._rank = rank
+        self._described: tuple[int, ...] | None = None
+        if rank == 0 and (folder / "meta.json").exists() and not force:
+            raise RecordingError(
+                f"{folder} already holds a recording. Choose another folder with -o, "
+                "or add --force to replace it."
+            )
+        try:
+            self._open(folder / f"rank-{rank}")
+        except OSError as error:
+            raise RecordingError(
+                f"Cannot write the recording to {folder}: {error.strerror or error}. "
+                "Choose a writable folder with -o."
+            ) from error
+
+    def _open(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = [open(folder / f"{name}.arrow", "wb") for name in ("steps", "events")]  # noqa: SIM115
+        self._steps = pa.ipc.new_stream(self._files[0], steps_schema())
+        self._events = pa.ipc.new_stream(self._files[1], events_schema())
+        self.describe(())
+
+    def block(self, block: Block, layouts: list[dict[str, Any]]) -> None:
+        """Append one block and flush it. Names are written before the rows that need them."""
+        described = (len(layouts), len(block.sites), *(len(l["batch_norms"]) for l in layouts))
+        if described != self._described:
+            self._described = described
+            self._meta["layouts"] = layouts
+            self._meta["sites"] = list(block.sites)
+            self.describe(())
+        if len(block):
+            self._steps.write_batch(_steps_batch(block))
+            self._files[0].flush()
+        if block.events:
+            self._events.write_batch(_events_batch(block.events))
+            self._files[1].flush()
+
+    def describe(self, changes: Mapping[str, Any] | tuple[()]) -> None:
+        """Update ``meta.json`` (rank 0's is the folder's; others have their own)."""
+        self._meta.update(changes)
+        name = "meta.json" if self._rank == 0 else f"rank-{self._rank}/meta.json"
+        target = self.folder / name
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(json.dumps(self._meta, indent=1), encoding="utf-8")
+        os.replace(temporary, target)
+
+    def close(self, changes: Mapping[str, Any]) -> None:
+        """Finish the streams and note how the run ended."""
+        self._steps.close()
+        self._events.close()
+        for file in self._files:
+            file.close()
+        self.describe({**changes, "complete": True})
+
+
+def _steps_batch(block: Block) -> pa.RecordBatch:
+    schema = steps_schema()
+    columns: list[pa.Array] = []
+    for field in schema:
+        if field.name in block.scalars:
+            values = block.scalars[field.name]
+            columns.append(pa.array(values.astype(np.int64) if field.name in _WHOLE else values))
+        elif field.name == "dropout":
+            columns.append(_lists(block.dropout))
+        else:
+            source = block.parameters if field.name in block.parameters else block.batch_norm
+            columns.append(_lists(source[field.name]))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _lists(values: Array) -> pa.ListArray:
+    rows, width = values.shape
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * width)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+
+
+def _events_batch(events: list[Event]) -> pa.RecordBatch:
+    columns = [
+        pa.array([event.kind for event in events], pa.string()),
+        pa.array([event.task for event in events], pa.int64()),
+        pa.array([event.step for event in events], pa.int64()),
+        pa.array([event.seconds for event in events], pa.float64()),
+        pa.array([event.site for event in events], pa.string()),
+        pa.array([json.dumps(event.data, default=str) for event in events], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=events_schema())

@@ -1,0 +1,86 @@
+"""How well a run behaved and what to do next, in words: for the terminal and the HTML report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import NamedTuple
+
+from divergence_probe.diagnosis.diagnosis import Diagnosis
+from divergence_probe.report import numbers, wording
+from divergence_probe.report.wording import one_line
+
+
+class Vital(NamedTuple):
+    """One number of :class:`Health`.
+
+    ``grade`` is ``"good"``, ``"doubtful"``, ``"grave"`` or ``"unknown"``; ``meaning`` says what
+    the number is.
+    """
+
+    label: str
+    value: str
+    grade: str
+    meaning: str
+
+
+def health_rows(diagnosis: Diagnosis) -> list[Vital]:
+    """The numbers that make silence evidence; those not measured say so."""
+    health = diagnosis.health
+    of = f" ({one_line(health.largest_growth_layer)})" if health.largest_growth_layer else ""
+    growth, margin, distance = (
+        health.largest_growth,
+        health.instability_margin,
+        health.running_statistics_distance,
+    )
+    return [
+        Vital("growth", *_graded(growth, numbers.times, 2.0, numbers.GRAVE_GROWTH),
+              f"largest norm after a task over before it{of}"),
+        Vital("stability", *_graded(margin, lambda value: f"{numbers.brief(value)} of 2", 1.5, 2.0),
+              "step size × curvature; steps grow from 2 on"),
+        Vital("statistics", *_graded(distance, lambda value: f"{numbers.brief(value)} σ",
+                                     numbers.DOUBTFUL_DISTANCE, numbers.GRAVE_DISTANCE),
+              "running mean from the batch's, in eval mode"),
+        Vital("support loss", *_loss(health.support_loss), "mean over tasks, first to last step"),
+    ]  # fmt: skip
+
+
+def _graded(
+    value: float | None, words: Callable[[float], str], doubtful: float, grave: float
+) -> tuple[str, str]:
+    if value is None:
+        return "not measured", "unknown"
+    # nan is grave: it compares false with every bound.
+    return words(
+        value
+    ), "grave" if not value < grave else "doubtful" if value >= doubtful else "good"
+
+
+def _loss(losses: tuple[float, float] | None) -> tuple[str, str]:
+    if losses is None:
+        return "not measured", "unknown"
+    first, last = losses
+    return (
+        f"{numbers.brief(first)} → {numbers.brief(last)}",
+        "good" if last <= first else "doubtful",
+    )
+
+
+def watched(diagnosis: Diagnosis) -> str:
+    """What was watched, in a few words."""
+    summary = diagnosis.summary
+    parts = [wording.count_of(summary.layers, "layer")]
+    parts += [f"{len(diagnosis.batch_norm)} with BatchNorm"] if diagnosis.batch_norm else []
+    parts += [wording.count_of(summary.outer_steps, "outer step")] if summary.outer_steps else []
+    return "watched: " + ", ".join(parts)
+
+
+def next_commands(diagnosis: Diagnosis) -> list[str]:
+    """Commands worth typing next, the most useful first."""
+    folded = wording.by_rule(diagnosis.findings)
+    commands = [f"probe rule {shlex.quote(one_line(folded[0][0].rule))}"] if folded else []
+    if diagnosis.recording:
+        recording = shlex.quote(one_line(diagnosis.recording))
+        commands.append(f"probe report {recording} --report html:report.html")
+        commands.append(f"probe diff {recording} OTHER")
+    return commands

@@ -1,0 +1,179 @@
+"""What a rule is, and what it is shown: a block with each row's task history already attached."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from divergence_probe.record.schema import MISSING, OUTER, QUERY, SUPPORT, Array, Block, Event
+from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.thresholds import Thresholds
+
+SECTIONS = ("What it does", "Why it is bad", "Example", "Use instead", "References")
+
+
+@dataclass
+class TaskFacts:
+    """What is known of one task so far, carried from block to block until it ends.
+
+    Attributes:
+        index: of the task.
+        data: of its ``task-start`` event.
+        site: where it began, or None.
+        start_norms: ``[P]`` norms before its first step, or None before one was seen.
+        first_loss: its first support loss; nan unknown.
+        last_loss: its latest support loss; nan unknown.
+        modes: effective modes seen by (phase, layer).
+        outer_step_after: whether an outer step has followed.
+        ended: whether it has ended.
+    """
+
+    index: int
+    data: dict[str, Any] = field(default_factory=dict)
+    site: str | None = None
+    start_norms: Array | None = None
+    first_loss: float = float("nan")
+    last_loss: float = float("nan")
+    modes: dict[tuple[int, str], float] = field(default_factory=dict)
+    ended: bool = False
+
+
+@dataclass
+class Frame:
+    """A block as rules see it.
+
+    Attributes:
+        block: the rows.
+        tasks: facts of every task in the block, by index.
+        start_norm: ``[S, P]`` norm of each parameter when the row's task began.
+        growth: ``[S, P]`` norm after / norm at the task's start, small parameters measured against
+            a fraction of the model's norm; nan where unknown.
+        first_loss: ``[S]`` first support loss of the row's task.
+    """
+
+    block: Block
+    tasks: dict[int, TaskFacts]
+    start_norm: Array
+    growth: Array
+    first_loss: Array
+
+    @property
+    def task(self) -> Array:
+        """``[S]`` task index."""
+        return self.block.scalars["task"]
+
+    @property
+    def step(self) -> Array:
+        """``[S]`` inner step."""
+        return self.block.scalars["step"]
+
+    @property
+    def support(self) -> Array:
+        """``[S]`` whether the row is an inner step."""
+        return self.block.scalars["phase"] == SUPPORT  # type: ignore[return-value]
+
+    @property
+    def query(self) -> Array:
+        """``[S]`` whether the row is a query."""
+        return self.block.scalars["phase"] == QUERY  # type: ignore[return-value]
+
+    @property
+    def outer(self) -> Array:
+        """``[S]`` whether the row is an outer step."""
+        return self.block.scalars["phase"] == OUTER  # type: ignore[return-value]
+
+    def events(self, kind: str) -> Iterator[Event]:
+        """Events of one kind in this block."""
+        return (event for event in self.block.events if event.kind == kind)
+
+    def first_rows(self, hit: Array) -> Iterator[int]:
+        """For every task with a hit row, the first such row.
+
+        Args:
+            hit: ``[S]`` booleans.
+        """
+        rows = np.flatnonzero(hit)
+        if len(rows):
+            _, first = np.unique(self.task[rows], return_index=True)
+            yield from (int(row) for row in rows[np.sort(first)])
+
+    def parameter(self, column: int) -> str:
+        """Name of a parameter."""
+        return self.block.layout.parameters[column].name
+
+    def layer(self, column: int) -> str:
+        """Dotted name of the module a parameter belongs to."""
+        name = self.parameter(column)
+        return name.rpartition(".")[0] or name
+
+    def normalization(self, column: int) -> str:
+        """Name of a normalisation layer."""
+        return self.block.layout.batch_norms[column]
+
+
+class Rule:
+    """One thing that can be wrong. Subclass it in a new file under ``rules/``.
+
+    A rule is pure: it is shown frames in order and yields findings, at most one a task; what it
+    has to remember from frame to frame it keeps on itself. Its docstring is its documentation, in
+    the five :data:`SECTIONS`.
+    """
+
+    code: ClassVar[str]
+    name: ClassVar[str]
+    severity: ClassVar[Severity]
+    cause: ClassVar[str | None] = None
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """Findings of one frame."""
+        yield from ()
+
+    def finish(self) -> Iterator[Finding]:
+        """Findings that need the whole run."""
+        yield from ()
+
+    def finding(self, message: str, **fields: Any) -> Finding:
+        """A finding of this rule; severity and cause are the rule's unless given."""
+        fields.setdefault("severity", self.severity)
+        fields.setdefault("cause", self.cause)
+        return Finding(rule=self.code, name=self.name, message=message, **fields)
+
+    def at(self, frame: Frame, row: int, message: str, text: str, **fields: Any) -> Finding:
+        """A finding at one row, with the user's line of that row as its mark."""
+        phase = ("support", "query", "outer")[int(frame.block.scalars["phase"][row])]
+        task, step = int(frame.task[row]), int(frame.step[row])
+        site = frame.block.site(row)
+        fields.setdefault("marks", (Mark(site, text),) if site else ())
+        fields.setdefault("task", task if task >= 0 else None)
+        fields.setdefault("step", step if step >= 0 and phase == "support" else None)
+        fields.setdefault("phase", phase)
+        return self.finding(message, rank=frame.block.rank, **fields)
+
+    @classmethod
+    def documentation(cls) -> dict[str, str]:
+        """The docstring's sections by title; the summary line under ``""``."""
+        sections: dict[str, list[str]] = {"": []}
+        current = ""
+        for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+            title = line.removeprefix("## ").strip()
+            if line.startswith("## ") and title in SECTIONS:
+                current = title
+                sections[current] = []
+            else:
+                sections[current].append(line)
+        return {title: "\n".join(lines).strip() for title, lines in sections.items()}
+
+
+def missing_to_nan(values: Array) -> Array:
+    """Norms that were not there to be measured as nan."""
+    return np.where(values == MISSING, np.nan, values)
+
+
+

@@ -1,0 +1,199 @@
+"""BatchNorm statistics: which were used, and whether they were ever trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.finding import Finding, Severity
+
+RECALIBRATE_FIX = (
+    "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
+    "# or: nn.BatchNorm2d(channels, track_running_stats=False)\n"
+    "# or: recalibrate the running statistics on the support set before adapting"
+)
+
+
+class _EvalStatistics(Rule):
+    """What the two rules on evaluated running statistics share."""
+
+    def _rows(self, frame: Frame, untrained: bool) -> Iterator[tuple[int, int, float, float]]:
+        """First row a task where a layer evaluates (un)trained statistics far from the batch's."""
+        norm = frame.block.batch_norm
+        evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
+        of_kind = norm["bn_untrained"] == float(untrained)
+        distance, ratio = norm["bn_mean_distance"], norm["bn_log_variance_ratio"]
+        with np.errstate(invalid="ignore"):
+            far = (distance > self.thresholds["statistics-distance"]) | (
+                np.abs(ratio) > math.log(self.thresholds["statistics-ratio"])
+            )
+        # Later steps move the weights, so only a task's first look at a layer judges it.
+        first_look = (frame.step == 0) | frame.query
+        hit = evaluated & of_kind & far & first_look[:, None]
+        for row in frame.first_rows(hit.any(1) & ~frame.outer):
+            column = int(np.flatnonzero(hit[row])[0])
+            self._hit_columns = np.flatnonzero(hit[row])
+            yield row, column, float(distance[row, column]), float(ratio[row, column])
+
+    def _describe(self, frame: Frame, row: int, column: int, how: str, **more: float) -> Finding:
+        norm = frame.block.batch_norm
+        layers = tuple(frame.normalization(int(c)) for c in self._hit_columns)
+        distance = float(norm["bn_mean_distance"][row, column])
+        ratio = math.exp(float(norm["bn_log_variance_ratio"][row, column]))
+        return self.at(
+            frame,
+            row,
+            f"{layers[0]} normalises with {how}: running mean {distance:.2g} σ from the batch's, "
+            f"variance ratio {ratio:.3g}",
+            f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)} in eval mode with {how}",
+            layer=layers[0],
+            layers=layers,
+            evidence={"mean_distance": distance, "variance_ratio": ratio, **more},
+            fix=RECALIBRATE_FIX,
+        )
+
+
+class EvalWithUntrainedStatistics(_EvalStatistics):
+    """Eval-mode BatchNorm normalises with running statistics that were never trained.
+
+    ## What it does
+    Reports a BatchNorm layer that runs in eval mode while its running statistics are still exactly
+    mean 0 and variance 1, and that is far from the batch it normalises.
+
+    ## Why it is bad
+    The layer then normalises nothing: activations keep their raw scale, gradients grow with it, and
+    a learning rate that was right in train mode makes the weights explode. `higher` gives every
+    task its own copy of the buffers, so meta-training through it never trains the base's.
+
+    ## Example
+    ```python
+    net.eval()
+    with higher.innerloop_ctx(net, opt) as (fnet, diffopt):
+        diffopt.step(F.cross_entropy(fnet(x_support), y_support))
+    ```
+
+    ## Use instead
+    ```python
+    net.train()    # batch statistics in the inner loop, as in meta-training
+    ```
+
+    ## References
+    facebookresearch/higher#55, #103, #107; Antoniou et al., How to train your MAML, 2019,
+    section 3 on BatchNorm statistics.
+    """
+
+    code = "BN001"
+    name = "eval-with-untrained-running-stats"
+    severity = Severity.ERROR
+    cause = "stale-running-stats"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task."""
+        for row, column, _, _ in self._rows(frame, untrained=True):
+            seen = frame.block.batch_norm["bn_batches"][row, column]
+            yield self._describe(
+                frame,
+                row,
+                column,
+                "running statistics that were never trained (mean 0, variance 1)",
+                batches_seen=float(seen),
+            )
+
+
+class EvalWithDistantStatistics(_EvalStatistics):
+    """Eval-mode BatchNorm normalises with running statistics far from the data's own.
+
+    ## What it does
+    Reports a BatchNorm layer in eval mode whose running statistics were trained, but lie far from
+    the statistics of the batch it normalises: too few updates, other data, or other weights.
+
+    ## Why it is bad
+    Activations come out shifted and scaled, and the network behind was trained on neither.
+
+    ## Example
+    ```python
+    net(x_warmup)      # one batch with momentum 0.1: 90 % of the statistics are still initial
+    net.eval()
+    ```
+
+    ## Use instead
+    ```python
+    for x, _ in loader:     # in train mode, until the statistics have settled
+        net(x)
+    ```
+
+    ## References
+    facebookresearch/higher#107; Schneider et al., Improving robustness against common corruptions
+    by covariate shift adaptation, 2020.
+    """
+
+    code = "BN002"
+    name = "eval-with-distant-running-stats"
+    severity = Severity.WARNING
+    cause = "stale-running-stats"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task."""
+        for row, column, _, _ in self._rows(frame, untrained=False):
+            seen = frame.block.batch_norm["bn_batches"][row, column]
+            yield self._describe(
+                frame,
+                row,
+                column,
+                f"running statistics of {seen:.0f} batches far from this one's",
+                batches_seen=float(seen),
+            )
+
+
+class TinyBatch(Rule):
+    """BatchNorm in train mode normalises over a handful of values.
+
+    ## What it does
+    Counts the values each channel is normalised over (batch times map size).
+
+    ## Why it is bad
+    The mean of n values has a standard error of 1/sqrt(n) deviations: below 8 values the layer adds
+    noise of more than a third of the signal, and with 2 values every output is plus or minus one.
+
+    ## Example
+    ```python
+    nn.BatchNorm1d(64)(x)    # x: [5, 64], a 5-way 1-shot support set
+    ```
+
+    ## Use instead
+    ```python
+    nn.GroupNorm(8, 64)(x)
+    ```
+
+    ## References
+    Wu and He, Group Normalization, 2018, figure 1.
+    """
+
+    code = "BN004"
+    name = "tiny-batch-norm-batch"
+    severity = Severity.WARNING
+    cause = "tiny-bn-batch"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task."""
+        norm = frame.block.batch_norm
+        values = norm["bn_values"]
+        hit = (norm["bn_training"] >= 1) & (values > 0)
+        hit &= values < self.thresholds["values-per-channel"]
+        for row in frame.first_rows(hit.any(1) & ~frame.outer):
+            columns = np.flatnonzero(hit[row])
+            layers = tuple(frame.normalization(int(c)) for c in columns)
+            fewest = int(values[row, columns].min())
+            yield self.at(
+                frame,
+                row,
+                f"{layers[0]} normalises over {fewest} values per channel",
+                f"BatchNorm over {fewest} values per channel",
+                layer=layers[0],
+                layers=layers,
+                evidence={"values_per_channel": float(fewest)},
+                fix="nn.GroupNorm(groups, channels)  # does not depend on the batch",
+            )

@@ -1,0 +1,143 @@
+"""Norms and losses that grow without bound while every number is still finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.finding import Finding, Severity
+
+
+class NormExplosion(Rule):
+    """A parameter's norm grew by decades within one task.
+
+    ## What it does
+    Compares each parameter's norm after every inner step with its norm when the task began. Small
+    parameters (zero-initialised heads, biases) are measured against a fraction of the whole model's
+    norm. A decade counts where the loss is not falling; three decades count always.
+
+    ## Why it is bad
+    An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
+    weight by percents. From here the next steps overflow.
+
+    ## Example
+    ```python
+    net.eval()                                   # BatchNorm with untrained statistics
+    with higher.innerloop_ctx(net, opt) as (fnet, diffopt):
+        diffopt.step(loss)                       # 9.59 -> 1.7e5 in five steps
+    ```
+
+    ## Use instead
+    Remove the cause the report names; a smaller learning rate only delays a wrong mode.
+
+    ## References
+    arXiv:1706.05350 on why scale-invariant weights before BatchNorm may grow while all is well.
+    """
+
+    code = "NG001"
+    name = "norm-explosion"
+    severity = Severity.ERROR
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task, at the first step that passed the bound."""
+        growth = np.where(frame.support[:, None], frame.growth, np.nan)
+        losses = frame.block.scalars["loss"]
+        with np.errstate(invalid="ignore"):
+            falling = (frame.block.scalars["loss_seen"] > 0) & (losses < frame.first_loss)
+            bound = np.where(
+                falling | (frame.step == 0) & _healthy_later(frame),
+                self.thresholds["norm-growth-any-loss"],
+                self.thresholds["norm-growth"],
+            )
+            over = growth >= bound[:, None]
+        for row in frame.first_rows(over.any(1)):
+            yield self._describe(frame, row, over, growth)
+
+    def _describe(
+        self,
+        frame: Frame,
+        row: int,
+        over: np.ndarray,  # type: ignore[type-arg]
+        growth: np.ndarray,  # type: ignore[type-arg]
+    ) -> Finding:
+        rows = np.flatnonzero((frame.task == frame.task[row]) & frame.support)
+        last = int(rows[-1])
+        columns = np.flatnonzero(over[row])
+        worst = int(columns[np.argmax(np.nan_to_num(growth[last, columns], posinf=1e300))])
+        start = float(frame.start_norm[row, worst])
+        end = float(frame.block.parameters["norm_after"][last, worst])
+        steps = int(frame.step[last]) + 1
+        layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in columns))
+        text = f"{frame.parameter(worst)} ‖w‖ {start:.5g} → {end:.5g} in {steps} steps"
+        return self.at(
+            frame,
+            row,
+            text,
+            text,
+            layer=layers[0],
+            layers=layers,
+            evidence={
+                "norm_before": start,
+                "norm_after": end,
+                "growth": float(growth[last, worst]),
+                "growth_at_step": float(np.nanmax(growth[row])),
+            },
+        )
+
+
+def _healthy_later(frame: Frame) -> np.ndarray:  # type: ignore[type-arg]
+    """``[S]``: whether the task's next loss is below its first (known only after the step)."""
+    losses, tasks = frame.block.scalars["loss"], frame.task
+    result = np.zeros(len(tasks), dtype=bool)
+    for row in np.flatnonzero(frame.support & (frame.step == 0)):
+        later = np.flatnonzero((tasks == tasks[row]) & (frame.step > 0))
+        later = later[frame.block.scalars["loss_seen"][later] > 0]
+        result[row] = bool(len(later)) and bool(losses[later[0]] < losses[row])
+    return result
+
+
+class LossExplosion(Rule):
+    """A support loss grew by decades within one task.
+
+    ## What it does
+    Compares each inner step's loss with the task's first.
+
+    ## Why it is bad
+    The steps move away from a solution. Adaptation makes the model worse than no adaptation.
+
+    ## Example
+    ```python
+    fast = [w - 10.0 * g for w, g in zip(fast, grads)]
+    ```
+
+    ## Use instead
+    ```python
+    fast = [w - 0.01 * g for w, g in zip(fast, grads)]
+    ```
+
+    ## References
+    Nesterov, Lectures on Convex Optimization, 2018, section 1.2.3.
+    """
+
+    code = "LG001"
+    name = "loss-explosion"
+    severity = Severity.ERROR
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task, at the first step whose loss passed the bound."""
+        losses = frame.block.scalars["loss"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale = np.fmax(np.abs(frame.first_loss), 1e-2)
+            over = frame.support & (losses / scale >= self.thresholds["loss-growth"])
+        for row in frame.first_rows(over):
+            first, here = float(frame.first_loss[row]), float(losses[row])
+            step = int(frame.step[row])
+            yield self.at(
+                frame,
+                row,
+                f"the support loss grew from {first:.4g} to {here:.4g} by step {step}",
+                f"loss {first:.4g} → {here:.4g}",
+                evidence={"first_loss": first, "loss": here},
+            )

@@ -1,0 +1,154 @@
+"""Train and eval mode: whether one task runs in one mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from divergence_probe.record.schema import QUERY, SUPPORT
+from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.finding import Finding, Severity
+
+
+class ModesDiffer(Rule):
+    """Support and query of one task run in different modes.
+
+    ## What it does
+    Follows the mode BatchNorm and dropout layers really ran in, and reports a task whose support
+    and query forwards differ in it. Containers' flags alone do not count.
+
+    ## Why it is bad
+    The weights were adapted under one normalisation and are judged under another.
+
+    ## Example
+    ```python
+    fnet.train(); diffopt.step(loss(fnet(x_support), y_support))
+    fnet.eval();  accuracy(fnet(x_query), y_query)
+    ```
+
+    ## Use instead
+    One mode throughout the task; train mode is what the reference MAML does.
+
+    ## References
+    facebookresearch/higher#55; learnables/learn2learn#207.
+    """
+
+    code = "MODE001"
+    name = "support-query-mode-mismatch"
+    severity = Severity.WARNING
+    cause = "train-eval-mismatch"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task."""
+        hits: dict[int, tuple[int, list[str], str, str]] = {}
+        for names, values in (
+            (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
+            (frame.block.layout.dropouts, frame.block.dropout),
+        ):
+            for row in np.flatnonzero(~frame.outer):
+                phase = int(frame.block.scalars["phase"][row])
+                facts = frame.tasks.get(int(frame.task[row]))
+                if facts is None:
+                    continue
+                for column in np.flatnonzero(values[row] >= 0):
+                    self._compare(facts, phase, names[column], values[row, column], row, hits)
+        for row, layers, was, now in hits.values():
+            yield self._describe(frame, row, layers, was, now)
+
+    @staticmethod
+    def _compare(
+        facts: object, phase: int, layer: str, mode: float, row: int, hits: dict[int, object]
+    ) -> None:
+        modes = facts.modes  # type: ignore[attr-defined]
+        index = facts.index  # type: ignore[attr-defined]
+        if phase == SUPPORT:
+            modes[SUPPORT, layer] = mode
+            return
+        adapted = modes.get((SUPPORT, layer))
+        if adapted is None or adapted == mode or modes.get((QUERY, layer)) == mode:
+            return
+        modes[QUERY, layer] = mode
+        entry = hits.setdefault(index, (row, [], _word(adapted), _word(mode)))
+        entry[1].append(layer)  # type: ignore[index]
+
+    def _describe(
+        self, frame: Frame, row: int, layers: list[str], was: str, now: str
+    ) -> Finding:
+        return self.at(
+            frame,
+            row,
+            f"{layers[0]} ran in {was} mode on the support set and in {now} mode on the query",
+            f"query in {now} mode, after adapting in {was} mode",
+            layer=layers[0],
+            layers=tuple(layers),
+            evidence={"support": was, "query": now},
+            fix="Use one mode for support and query; call .train()/.eval() on the fast model "
+            "itself, once, before the inner loop.",
+        )
+
+
+def _word(mode: float) -> str:
+    return {0.0: "eval", 1.0: "train"}.get(mode, "mixed")
+
+
+class DropoutWhileEvaluating(Rule):
+    """Dropout is active while adapting and predicting in a task no outer step follows.
+
+    ## What it does
+    Notes dropout layers that drop in the query forward of an evaluated task.
+
+    ## Why it is bad
+    It may be meant (Monte-Carlo dropout); otherwise predictions are random and lower than they
+    could be.
+
+    ## Example
+    ```python
+    fnet.train()             # for BatchNorm's sake; dropout comes with it
+    accuracy(fnet(x_query), y_query)
+    ```
+
+    ## Use instead
+    ```python
+    for module in fnet.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    ```
+
+    ## References
+    Gal and Ghahramani, Dropout as a Bayesian approximation, 2016.
+    """
+
+    code = "MODE003"
+    name = "dropout-in-evaluation"
+    severity = Severity.INFO
+
+    def __init__(self, thresholds: object) -> None:
+        super().__init__(thresholds)  # type: ignore[arg-type]
+        self._waiting: dict[int, Finding] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """Remember tasks with active dropout; an outer step makes them training."""
+        hit = frame.query & (frame.block.dropout == 1).any(1)
+        for row in frame.first_rows(hit):
+            layers = tuple(
+                frame.block.layout.dropouts[c]
+                for c in np.flatnonzero(frame.block.dropout[row] == 1)
+            )
+            self._waiting[int(frame.task[row])] = self.at(
+                frame,
+                row,
+                f"{layers[0]} drops activations in the query of an evaluated task",
+                "dropout is active here",
+                layer=layers[0],
+                layers=layers,
+            )
+        if any(True for _ in frame.events("outer-step")):
+            self._waiting.clear()
+        return iter(())
+
+    def finish(self) -> Iterator[Finding]:
+        """What no outer step followed was evaluation."""
+        yield from self._waiting.values()
+
+

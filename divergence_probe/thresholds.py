@@ -1,0 +1,131 @@
+"""Every number a rule compares with: its unit, its default, and where it comes from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from divergence_probe.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One number a rule compares with.
+
+    Attributes:
+        name: as given to ``--threshold NAME=VALUE``.
+        default: its value unless overridden.
+        unit: of the value.
+        source: why this value: a mechanism, a paper, a thread or a measurement.
+    """
+
+    name: str
+    default: float
+    unit: str
+    source: str
+
+
+CATALOGUE: tuple[Threshold, ...] = (
+    Threshold(
+        "norm-growth",
+        10.0,
+        "ratio of a parameter's norm after a task's step to before the task",
+        "Inner loops move a trained weight by under a percent (9.5937 to 9.5940 in the reference "
+        "log); a decade within one task is another regime. Counts only where the loss is not "
+        "falling: scale-invariant weights before BatchNorm may grow freely (arXiv:1706.05350).",
+    ),
+    Threshold(
+        "norm-growth-any-loss",
+        1000.0,
+        "ratio, as norm-growth, whatever the loss does",
+        "Three decades in one task leave no precision for further updates: float32 resolves "
+        "1.2e-7 of the weight.",
+    ),
+    Threshold(
+        "small-parameter",
+        0.03,
+        "fraction of the whole model's norm below which a parameter counts as this fraction",
+        "Zero-initialised heads and biases have no scale of their own; their relative growth at "
+        "the first step is infinite.",
+    ),
+    Threshold(
+        "loss-growth",
+        100.0,
+        "ratio of a support loss to the task's first support loss",
+        "Gradient descent below 2/curvature never raises the loss on a quadratic (Nesterov 2018, "
+        "section 1.2.3); noise between minibatches stays well below two decades.",
+    ),
+    Threshold(
+        "instability",
+        2.0,
+        "step size x curvature along the step, dimensionless",
+        "The stability limit of gradient descent on a quadratic (Nesterov 2018, section 1.2.3).",
+    ),
+    Threshold(
+        "statistics-distance",
+        1.0,
+        "RMS over channels of |running - batch mean| in batch standard deviations",
+        "Few-shot batches of the training distribution measured 0.1 to 0.5; untrained statistics "
+        "of real nets measured 1 to 20.",
+    ),
+    Threshold(
+        "statistics-ratio",
+        4.0,
+        "running / batch variance or its inverse, geometric mean over channels",
+        "A batch variance from 8 values lies within a factor 4 of the true one with probability "
+        "above 99 % (chi-square, 7 degrees of freedom).",
+    ),
+    Threshold(
+        "values-per-channel",
+        8.0,
+        "values a channel is normalised over in train mode",
+        "The standard error of the batch mean is 1/sqrt(n) batch deviations: above a third below 8.",
+    ),
+)
+
+_BY_NAME = {threshold.name: threshold for threshold in CATALOGUE}
+
+
+class Thresholds:
+    """The numbers in force: the defaults with the user's overrides.
+
+    Args:
+        overrides: name to value.
+
+    Raises:
+        UsageError: for a name that is not in the catalogue.
+    """
+
+    def __init__(self, overrides: Mapping[str, float] | None = None) -> None:
+        for name in overrides or {}:
+            if name not in _BY_NAME:
+                close = difflib.get_close_matches(name, _BY_NAME, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise UsageError(
+                    f"There is no threshold named {name!r}.{hint} "
+                    f"Thresholds: {', '.join(sorted(_BY_NAME))}."
+                )
+        self._values = {t.name: t.default for t in CATALOGUE} | dict(overrides or {})
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, float]:
+    """``["norm-growth=5"]`` to ``{"norm-growth": 5.0}``.
+
+    Raises:
+        UsageError: where a text is not ``NAME=VALUE`` with a number.
+    """
+    overrides = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        try:
+            overrides[name.strip()] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise UsageError(f"--threshold {text!r}: expected NAME=VALUE with a number as VALUE.")
+    Thresholds(overrides)
+    return overrides
