@@ -22,7 +22,7 @@ Task = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def draw(strokes: torch.Tensor) -> torch.Tensor:
-    """Rasterise strokes [n, strokes, 3 control points, 2], each a quadratic curve in [0, 1]^2, to [n, 1, SIZE, SIZE]."""
+    """Rasterise strokes [n, strokes, 3 control points, 2], quadratic curves in [0, 1]^2, to [n, 1, SIZE, SIZE]."""
     time = torch.linspace(0, 1, 12).view(-1, 1)
     start, bend, end = (point.unsqueeze(-2) for point in strokes.unbind(-2))
     curve = ((1 - time) ** 2 * start + 2 * time * (1 - time) * bend + time**2 * end).flatten(1, 2)
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the net is too small to gain from more
     torch.manual_seed(args.seed)
     glyphs = torch.rand(200, STROKES, 3, 2) * 0.8 + 0.1
     net = GlyphNet(args.ways, args.filters)

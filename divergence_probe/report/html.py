@@ -72,6 +72,7 @@ def _context(diagnosis: Diagnosis) -> dict[str, Any]:
         "d": diagnosis,
         "meaning": wording.verdict_meaning(diagnosis),
         "facts": wording.facts(diagnosis),
+        "raised_first": wording.raised_first(diagnosis),
         "why": wording.why(diagnosis),
         "fix": wording.fix(diagnosis).strip(),
         "sure": wording.confidence_words(diagnosis),

@@ -44,7 +44,8 @@ def _answer(diagnosis: Diagnosis) -> list[str]:
         sure = _escaped(wording.confidence_words(diagnosis).replace("`", ""))
         parts.append(f"**Cause.** {_code(diagnosis.root_cause.cause)}, {sure}")
     if diagnosis.exception is not None:
-        parts.append(f"**Raised.** {_escaped(wording.raised(diagnosis))}")
+        words = f"**Raised.** {_escaped(wording.raised(diagnosis))}"
+        parts.insert(0 if wording.raised_first(diagnosis) else len(parts), words)
     if diagnosis.verdict == "unobserved":
         parts += [
             f"- {_escaped(sentence.replace('`', ''))}" for sentence in wording.UNOBSERVED_ADVICE

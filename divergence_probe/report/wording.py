@@ -156,6 +156,12 @@ def raised(diagnosis: Diagnosis) -> str:
     return f"{error.type} raised {where}" + (f": {error.message}" if error.message else "")
 
 
+def raised_first(diagnosis: Diagnosis) -> bool:
+    """Whether the exception is the first answer: in an inner loop, explained by no cause."""
+    error = diagnosis.exception
+    return error is not None and error.inner_loop and diagnosis.root_cause is None
+
+
 def why(diagnosis: Diagnosis) -> str:
     """Why, in a sentence or two: the root cause, else the gravest finding, else empty."""
     if diagnosis.root_cause is not None:

@@ -62,9 +62,7 @@ def _why(diagnosis: Diagnosis, width: int) -> list[Text]:
         words = Text(_short(one_line(wording.raised(diagnosis)), 600))
         words.stylize("bold red", 0, len(one_line(error.type)))
         # What ended the run comes first, unless the root cause already explains it.
-        paragraphs.insert(
-            0 if diagnosis.root_cause is None and error.inner_loop else len(paragraphs), words
-        )
+        paragraphs.insert(0 if wording.raised_first(diagnosis) else len(paragraphs), words)
     return labelled("Why", paragraphs, width)
 
 
