@@ -47,6 +47,7 @@ class Probe(ContextDecorator):
         selection: Selection | None = None,
         thresholds: Thresholds | None = None,
         on_finding: Callable[[Finding], None] | None = None,
+        on_block: Callable[[Analysis], None] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self._models = tuple(models)
@@ -56,6 +57,7 @@ class Probe(ContextDecorator):
         self._selection = selection
         self._thresholds = thresholds
         self._on_finding = on_finding
+        self._on_block = on_block
         self._extra_meta = dict(meta or {})
         self._stack: list[_Watch] = []
         self._last: _Watch | None = None
@@ -87,6 +89,12 @@ class Probe(ContextDecorator):
     def recording(self) -> Recording:
         """What was recorded so far, as tables: ``steps()``, ``batch_norm()``, ``tasks()``."""
         return self._current().recording()
+
+    @property
+    def failure(self) -> str | None:
+        """What made the probe switch itself off during the run, or None."""
+        session = self._current()._session
+        return session.guard.failure if session is not None else None
 
     def _current(self) -> _Watch:
         if self._last is None:
@@ -178,6 +186,8 @@ class _Watch:
         for finding in fresh:
             if self._probe._on_finding is not None:
                 self._probe._on_finding(finding)
+        if self._probe._on_block is not None:
+            self._probe._on_block(self._analysis)
         level = self._probe._raise_on
         if level is not None and any(f.severity >= level for f in fresh):
             self.raise_if(level)
@@ -274,5 +284,6 @@ def _exception(error: BaseException, session: Session) -> ExceptionReport:
         if not session.sites.foreign(code):
             site = f"{code.co_filename}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
-    inner = bool(session.open)
+    # Ctrl-C lands anywhere, and says nothing of the loop it happens to land in.
+    inner = bool(session.open) and isinstance(error, Exception)
     return ExceptionReport(type(error).__name__, str(error), inner, site)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,8 @@ class NormalizationCall:
         batches: ``num_batches_tracked`` when the call ended; None where there is no counter.
         shared: whether the buffers are the base model's own.
         buffers: address of the running mean's storage, to tell layers apart; 0 for none.
+        order: position among all observed forward calls.
+        differentiable: whether gradients were enabled: a gradient can only come from such calls.
     """
 
     module: weakref.ref[torch.nn.Module] | None
@@ -43,6 +46,8 @@ class NormalizationCall:
     shared: bool
     buffers: int = 0
     name: str | None = None
+    order: int = 0
+    differentiable: bool = True
 
 
 @dataclass(slots=True)
@@ -53,30 +58,103 @@ class DropoutCall:
     training: bool
     probability: float
     name: str | None = None
+    order: int = 0
+    differentiable: bool = True
+
+
+@dataclass(slots=True)
+class LossCall:
+    """One scalar loss that was computed: the user's tensor by identity, and its value."""
+
+    tensor: weakref.ref[Tensor]
+    value: Tensor
+    order: int
+
+
+_ORDER = itertools.count()
+_MOST_CALLS = 4096
+
+
+def next_order() -> int:
+    """A number that grows with every observed forward call of the process."""
+    return next(_ORDER)
 
 
 @dataclass(slots=True)
 class Forwards:
-    """What ran forward since the last gradient call."""
+    """What ran forward since the last gradient call, in order."""
 
     normalizations: list[NormalizationCall] = field(default_factory=list)
     dropouts: list[DropoutCall] = field(default_factory=list)
-    loss: Tensor | None = None
+    losses: list[LossCall] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.normalizations or self.dropouts) or self.loss is not None
+        return bool(self.normalizations or self.dropouts or self.losses)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The last loss computed, or None."""
+        return self.losses[-1].value if self.losses else None
 
     def take(self) -> Forwards:
         """Everything so far; this one starts anew."""
-        taken = Forwards(self.normalizations, self.dropouts, self.loss)
-        self.normalizations, self.dropouts, self.loss = [], [], None
+        taken = Forwards(self.normalizations, self.dropouts, self.losses)
+        self.normalizations, self.dropouts, self.losses = [], [], []
         return taken
+
+    def split_for(self, loss: Tensor | None, foreign: Callable[[Tensor], bool]) -> Forwards:
+        """Take out what can have led to ``loss``; what stays ran for another purpose.
+
+        That is everything differentiable after the loss computed before ``loss``'s own, but for
+        layers whose weight is ``foreign`` (another task's) or gone.
+        """
+        mine = [i for i, call in enumerate(self.losses) if call.tensor() is loss]
+        last = mine[-1] if mine else len(self.losses) - 1
+        since = self.losses[last - 1].order if last > 0 else -1
+        own = Forwards(
+            [
+                c
+                for c in self.normalizations
+                if c.order > since and c.differentiable and not _is_foreign(c, foreign)
+            ],
+            [c for c in self.dropouts if c.order > since and c.differentiable],
+            [c for c in self.losses if c.order > since],
+        )
+        taken = {call.order for call in (*own.normalizations, *own.dropouts, *own.losses)}
+        self.normalizations = [c for c in self.normalizations if c.order not in taken]
+        self.dropouts = [c for c in self.dropouts if c.order not in taken]
+        self.losses = [c for c in self.losses if c.order not in taken]
+        return own
+
+    def take_used_by(self, weights: Callable[[Tensor], bool]) -> Forwards:
+        """Take everything whose weight ``weights`` accepts, or that shows none; drop the rest."""
+        taken = self.take()
+        taken.normalizations = [
+            call
+            for call in taken.normalizations
+            if call.weight is None or ((w := call.weight()) is not None and weights(w))
+        ]
+        return taken
+
+    def trim(self) -> None:
+        """Forget the oldest of very many: an evaluation without gradients goes on for ever."""
+        if len(self.normalizations) + len(self.dropouts) + len(self.losses) > _MOST_CALLS:
+            self.normalizations = self.normalizations[-_MOST_CALLS // 4 :]
+            self.dropouts = self.dropouts[-_MOST_CALLS // 4 :]
+            self.losses = self.losses[-_MOST_CALLS // 4 :]
 
     def extend(self, other: Forwards) -> None:
         """Append what ran later."""
         self.normalizations += other.normalizations
         self.dropouts += other.dropouts
-        self.loss = other.loss if other.loss is not None else self.loss
+        self.losses += other.losses
+
+
+def _is_foreign(call: NormalizationCall, foreign: Callable[[Tensor], bool]) -> bool:
+    if call.weight is None:
+        return False
+    weight = call.weight()
+    return weight is None or foreign(weight)
 
 
 @dataclass(slots=True)
@@ -103,6 +181,7 @@ class Row:
         flags: ``schema.FLAGS`` bits.
         width: number of vmapped tasks, 1 without vmap.
         previous: the row of the step before in the same task, until this one is measured.
+        carried: gradients that were already there before the row's own was added to them.
     """
 
     task: int
@@ -120,6 +199,7 @@ class Row:
     flags: int = 0
     width: int = 1
     previous: Row | None = None
+    carried: Sequence[Tensor] = ()
 
     def size(self) -> int:
         """Bytes it keeps alive, roughly."""

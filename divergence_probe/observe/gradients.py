@@ -1,58 +1,189 @@
-"""Gradient calls: ``torch.autograd.grad`` and ``backward``, under any import."""
+"""Gradient calls: ``torch.autograd.grad``, ``backward`` and ``torch.func``, under any import."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.utils._pytree import tree_leaves
 
+from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
+from divergence_probe.observe.tensors import leaves
 
 
-def install(patches: Patches, session: Session) -> None:
-    """Watch the two functions every gradient goes through (``Tensor.backward`` calls one)."""
-    patches.swap_code(torch.autograd.grad, lambda original: _grad(session, original))
-    patches.swap_code(torch.autograd.backward, lambda original: _backward(session, original))
+def install(patches: Patches, session: Session, loops: Loops) -> None:
+    """Watch the functions every gradient goes through (``Tensor.backward`` calls one)."""
+    watch = _Gradients(session, loops)
+    patches.swap_code(torch.autograd.grad, watch.grad)
+    patches.swap_code(torch.autograd.backward, watch.backward)
+    patches.set_attribute(eager_transforms, "grad_and_value_impl", watch.func)
+    patches.set_attribute(eager_transforms, "_vjp_with_argnums", watch.vjp)
+    patches.set_attribute(eager_transforms, "_autograd_grad", watch.inner)
 
 
-def _grad(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    guard = session.guard
+class _Gradients:
+    """The three handlers; each runs the user's own call exactly once, unchanged."""
 
-    def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not guard.watching or guard.state.gradient:
-            return original(outputs, inputs, *args, **kwargs)
-        with guard.work():
-            _query(session, outputs)
-        with guard.gradient_call():
-            return original(outputs, inputs, *args, **kwargs)
+    def __init__(self, session: Session, loops: Loops) -> None:
+        self._session = session
+        self._guard = session.guard
+        self._loops = loops
 
-    return grad
+    def _passes(self) -> bool:
+        """Whether a call is not ours to look at: compiled, or part of an observed call."""
+        guard = self._guard
+        return torch.compiler.is_compiling() or not guard.watching or bool(guard.state.gradient)
+
+    def grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.autograd.grad``."""
+
+        def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._passes():
+                return original(outputs, inputs, *args, **kwargs)
+            with self._guard.work():
+                taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
+                tensors = [taken] if isinstance(taken, Tensor) else list(taken)
+                if not isinstance(inputs, Tensor | dict | list | tuple):
+                    inputs = tensors  # an iterator can be read only once
+                self._open("grad", _first_tensor(outputs), tensors)
+            with self._guard.gradient_call():
+                result = original(outputs, inputs, *args, **kwargs)
+            with self._guard.work():
+                made = list(result.values()) if isinstance(result, dict) else list(result)
+                self._note("grad", _first_tensor(outputs), tensors, made)
+            return result
+
+        return grad
+
+    def backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.autograd.backward``."""
+
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._passes():
+                return original(tensors, *args, **kwargs)
+            reached: list[Tensor] = []
+            carried: list[Tensor] = []
+            with self._guard.work():
+                stepped = self._loops.learned_here().optimizer
+                if stepped is None:
+                    reached = self._reached(tensors, kwargs.get("inputs"))
+                    there = reached
+                else:  # an optimizer takes the step: its hooks see the parameters themselves
+                    there = [t for reference in stepped if (t := reference()) is not None]
+                carried = [t.grad.detach().clone() for t in there if t.grad is not None]
+                self._open("backward", _first_tensor(tensors), reached)
+            with self._guard.gradient_call():
+                result = original(tensors, *args, **kwargs)
+            with self._guard.work():
+                made = [tensor.grad for tensor in reached]
+                self._note("backward", _first_tensor(tensors), reached, made, carried)
+            return result
+
+        return backward
+
+    def _reached(self, outputs: Any, inputs: Any) -> list[Tensor]:
+        """The leaves a backward accumulates into."""
+        if inputs is not None:
+            return [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return leaves(tuple(output for output in outputs if isinstance(output, Tensor)))
+
+    def func(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.func.grad`` and ``grad_and_value``, at any depth of transforms."""
+
+        def grad_and_value_impl(
+            func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any
+        ) -> Any:
+            if torch.compiler.is_compiling() or not self._guard.watching:
+                return original(func, argnums, has_aux, args, kwargs)
+            inputs: list[Tensor] = []
+            with self._guard.work():
+                inputs = _tensors([args[i] for i in _tuple(argnums)])
+                self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
+            result = original(func, argnums, has_aux, args, kwargs)
+            with self._guard.work():
+                value = result[1][0] if has_aux else result[1]
+                self._open("func", value, inputs)
+                self._note("func", value, inputs, _tensors(result[0]))
+            return result
+
+        return grad_and_value_impl
+
+    def vjp(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.func.vjp``: the gradient is taken when the returned function is called."""
+
+        def _vjp_with_argnums(func: Any, *primals: Any, **kwargs: Any) -> Any:
+            result = original(func, *primals, **kwargs)
+            if torch.compiler.is_compiling() or not self._guard.watching:
+                return result
+            output, pull_back, *aux = result
+
+            def watched(*cotangents: Any, **options: Any) -> Any:
+                made = pull_back(*cotangents, **options)
+                if not torch.compiler.is_compiling() and self._guard.watching:
+                    with self._guard.work():
+                        argnums = kwargs.get("argnums")
+                        taken = primals if argnums is None else [primals[i] for i in _tuple(argnums)]
+                        inputs, loss = _tensors(taken), _first_tensor(output)
+                        self._open("func", loss, inputs)
+                        self._note("func", loss, inputs, _tensors(made))
+                return made
+
+            return (output, watched, *aux)
+
+        return _vjp_with_argnums
+
+    def inner(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The ``autograd.grad`` that functorch takes itself is not the user's."""
+
+        def _autograd_grad(*args: Any, **kwargs: Any) -> Any:
+            with self._guard.gradient_call():
+                return original(*args, **kwargs)
+
+        return _autograd_grad
+
+    def _open(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
+        self._library_query(loss)
+        self._loops.opening(function, loss, inputs)
+
+    def _note(
+        self,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        carried: Sequence[Tensor] = (),
+    ) -> None:
+        if len(inputs) == len(gradients):
+            self._loops.gradient(function, loss, inputs, gradients, carried=carried)
+
+    def _library_query(self, loss: Tensor | None) -> None:
+        """A gradient outside a library's own step is taken of the query of its open task."""
+        session = self._session
+        for task in reversed(session.open):
+            if task.module_names is not None and task.steps and task.forwards:
+                scalar = loss is not None and loss.numel() == 1
+                value = loss.detach() if scalar and loss is not None else None
+                session.query(task, task.forwards.take(), value, session.sites.here())
+                return
 
 
-def _backward(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    guard = session.guard
-
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not guard.watching or guard.state.gradient:
-            return original(tensors, *args, **kwargs)
-        with guard.work():
-            _query(session, tensors)
-        with guard.gradient_call():
-            return original(tensors, *args, **kwargs)
-
-    return backward
+def _first_tensor(outputs: Any) -> Tensor | None:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return next((output for output in outputs if isinstance(output, Tensor)), None)
 
 
-def _query(session: Session, outputs: Any) -> None:
-    loss = outputs if isinstance(outputs, Tensor) else next(iter(outputs), None)
-    for task in reversed(session.open):
-        if task.steps and task.forwards:
-            forwards = task.forwards.take()
-            scalar = isinstance(loss, Tensor) and loss.numel() == 1
-            session.query(
-                task, forwards, loss.detach() if scalar else None, session.sites.here()
-            )
-            return
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

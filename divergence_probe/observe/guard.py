@@ -10,8 +10,11 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from divergence_probe.errors import DivergenceDetected
 
@@ -22,6 +25,7 @@ class ThreadState(threading.local):
     own: int = 0
     inside: int = 0
     gradient: int = 0
+    differentiable: bool = True
 
 
 _GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -58,22 +62,14 @@ class Guard:
         state = self.state
         return self.active and state.own == 0 and state.inside == 0
 
-    @contextmanager
-    def work(self) -> Iterator[None]:
+    @property
+    def differentiable(self) -> bool:
+        """Whether the user's code has gradients enabled, asked from inside our own work."""
+        return self.state.differentiable
+
+    def work(self) -> _Work:
         """Our own work inside the user's call; an error switches the probe off, once, warned."""
-        state = self.state
-        started = time.perf_counter()
-        state.own += 1
-        try:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                yield
-        except DivergenceDetected:
-            raise
-        except Exception as error:
-            self.fail(error)
-        finally:
-            state.own -= 1
-            self.spent += time.perf_counter() - started
+        return _Work(self)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -109,3 +105,47 @@ class Guard:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+class _Work:
+    """The context of :meth:`Guard.work`; a class because a generator costs three times as much."""
+
+    __slots__ = ("_clear", "_gradients", "_guard", "_started", "_torch_function")
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        state = self._guard.state
+        self._started = time.perf_counter()
+        state.own += 1
+        self._gradients = torch.is_grad_enabled()
+        if state.own == 1:
+            state.differentiable = self._gradients
+        self._torch_function = torch._C.DisableTorchFunction()
+        self._torch_function.__enter__()
+        torch._C._set_grad_enabled(False)
+        self._clear: Any = None
+        if torch._C._are_functorch_transforms_active():
+            # Inside vmap or grad our arithmetic on plain tensors must not be transformed.
+            self._clear = temporarily_clear_interpreter_stack()
+            self._clear.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        guard = self._guard
+        if self._clear is not None:
+            self._clear.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._gradients)
+        self._torch_function.__exit__(None, None, None)
+        guard.state.own -= 1
+        if guard.state.own == 0:
+            guard.spent += time.perf_counter() - self._started
+        if isinstance(error, Exception) and not isinstance(error, DivergenceDetected):
+            guard.fail(error)
+            return True
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from divergence_probe.observe.capture import LossCall, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
+from divergence_probe.observe.tensors import physical
 
 _LOSSES = (
     F.cross_entropy,
@@ -42,8 +45,9 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         if isinstance(result, Tensor) and result.numel() == 1:
             with guard.work():
-                forwards = session.open[-1].forwards if session.open else session.loose.forwards
-                forwards.loss = result.detach()
+                forwards = session.current_forwards()
+                value = physical(result)[0].detach()
+                forwards.losses.append(LossCall(weakref.ref(result), value, next_order()))
         return result
 
     return loss

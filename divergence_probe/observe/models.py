@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 
+import torch
 
 from torch import Tensor, nn
 
@@ -15,6 +17,10 @@ from divergence_probe.record.schema import Layout, ParameterInfo
 _WRAPPERS = frozenset(
     {"DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel"}
 )
+
+# Searching is for names only: it must not become a cost of its own.
+_SEARCH_SECONDS = 1.0
+_MATCHES_TRIED = 8
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -77,6 +83,9 @@ class Models:
         self._by_parameter: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._searched: set[int] = set()
+        self._search_seconds = 0.0
+        self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+        self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
     def register(self, model: nn.Module) -> KnownModel:
         """The record of ``model``; equal structures share one layout."""
@@ -131,6 +140,64 @@ class Models:
                 return known, name
         return None
 
+    def match(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
+        """A known model with parameters of the same shapes and values, and their positions.
+
+        For fast weights that were cloned and detached, which identity cannot name. Compared on the
+        CPU only: elsewhere it would wait for the device.
+        """
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        for known in list(self._by_model.values()):
+            own = [reference() for reference in known.parameters]
+            positions: list[int] = []
+            for tensor in tensors:
+                position = next(
+                    (
+                        i
+                        for i, p in enumerate(own)
+                        if p is not None
+                        and i not in positions
+                        and p.shape == tensor.shape
+                        and torch.equal(p, tensor)
+                    ),
+                    None,
+                )
+                if position is None:
+                    break
+                positions.append(position)
+            else:
+                return known, positions
+        return None
+
+    def note_copy(self, copy: Tensor, origin: Tensor) -> None:
+        """``copy`` was deep-copied from ``origin``."""
+        key = id(copy)
+        self._copies[key] = (
+            weakref.ref(copy, lambda _: self._copies.pop(key, None)),
+            weakref.ref(origin),
+        )
+
+    def origin_of(self, tensor: Tensor) -> Tensor | None:
+        """What ``tensor`` was deep-copied from, if it is a copy."""
+        entry = self._copies.get(id(tensor))
+        return entry[1]() if entry is not None and entry[0]() is tensor else None
+
+    def note(self, tensor: Tensor, known: KnownModel, position: int) -> None:
+        """``tensor`` stands in for a parameter of a known model (``functional_call``)."""
+        key = id(tensor)
+        if self.find(tensor) is None:
+            self._stand_ins[key] = (
+                weakref.ref(tensor, lambda _: self._stand_ins.pop(key, None)),
+                known,
+                position,
+            )
+
+    def stand_in(self, tensor: Tensor) -> tuple[KnownModel, int] | None:
+        """The parameter ``tensor`` stood in for, if it did."""
+        entry = self._stand_ins.get(id(tensor))
+        return (entry[1], entry[2]) if entry is not None and entry[0]() is tensor else None
+
     def is_base_buffer(self, buffer: Tensor) -> bool:
         """Whether ``buffer`` is a known model's own."""
         return any(id(buffer) in known.buffer_ids for known in list(self._by_model.values()))
@@ -138,23 +205,46 @@ class Models:
     def discover(self, tensors: Iterable[Tensor]) -> KnownModel | None:
         """Search the interpreter for the smallest module that owns all of ``tensors``.
 
-        One pass over the garbage collector's objects (about 50 ms for a million), so only for
-        tensors never searched for before.
+        One pass over the garbage collector's objects (50 ms for a million), so only for tensors
+        never searched for before, and not for ever.
         """
         wanted = {id(tensor) for tensor in tensors}
         if not wanted or wanted <= self._searched:
             return None
         self._searched |= wanted
-        best: tuple[int, nn.Module] | None = None
-        for candidate in gc.get_objects():
-            if not issubclass(type(candidate), nn.Module) or "_modules" not in vars(candidate):
-                continue
-            if type(candidate).__name__ in _WRAPPERS:
-                continue
-            owned = {id(p) for p in candidate.parameters() if isinstance(p, Tensor)}
-            if wanted <= owned and (best is None or len(owned) < best[0]):
-                best = (len(owned), candidate)
-        return self.register(best[1]) if best is not None else None
+        candidates = [m for m in self._modules() if _owns(m, wanted)]
+        if not candidates:
+            return None
+        return self.register(min(candidates, key=lambda m: len(list(m.parameters()))))
+
+    def _modules(self) -> list[nn.Module]:
+        """Every module alive that is the user's own, from one pass over all objects."""
+        started = time.perf_counter()
+        if self._search_seconds > _SEARCH_SECONDS:
+            return []
+        modules = [
+            candidate
+            for candidate in gc.get_objects()
+            if issubclass(type(candidate), nn.Module)
+            and "_modules" in vars(candidate)
+            and type(candidate).__name__ not in _WRAPPERS
+        ]
+        self._search_seconds += time.perf_counter() - started
+        return modules
+
+    def search_by_value(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
+        """As :meth:`match`, among every module alive: for clones of a model not met yet."""
+        shapes = {tensor.shape for tensor in tensors}
+        candidates = sorted(
+            (m for m in self._modules() if shapes <= {p.shape for p in _parameters(m)}),
+            key=lambda m: len(_parameters(m)),
+        )
+        for module in candidates[:_MATCHES_TRIED]:
+            self.register(module)
+            matched = self.match(tensors)
+            if matched is not None:
+                return matched
+        return None
 
     def _layout(self, model: str, infos: tuple[ParameterInfo, ...]) -> Layout:
         for layout in self.layouts:
@@ -163,6 +253,14 @@ class Models:
         layout = Layout(len(self.layouts), model, infos)
         self.layouts.append(layout)
         return layout
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if isinstance(p, Tensor)]
+
+
+def _owns(module: nn.Module, wanted: set[int]) -> bool:
+    return wanted <= {id(p) for p in _parameters(module)}
 
 
 def _positional_name(index: int, tensor: Tensor, use: str) -> str:

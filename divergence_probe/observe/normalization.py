@@ -15,11 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall
+from divergence_probe.observe.capture import (
+    DropoutCall,
+    Forwards,
+    NormalizationCall,
+    next_order,
+)
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.tensors import plain
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -30,13 +35,6 @@ def install(patches: Patches, session: Session) -> None:
     patches.swap_code(F.batch_norm, lambda original: _batch_norm(session, original))
     for dropout in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
         patches.swap_code(dropout, lambda original: _dropout(session, original))
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor under every functorch wrapper: safe to keep and to measure."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
 
 
 def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,6 +100,8 @@ def _note(
             shared=running_mean is not None and session.models.is_base_buffer(running_mean),
             buffers=id(running_mean) if running_mean is not None else 0,
             name=name,
+            order=next_order(),
+            differentiable=session.guard.differentiable,
         )
     )
 
@@ -164,7 +164,9 @@ def _owner(session: Session, module: nn.Module | None) -> Task | None:
 
 
 def _forwards(session: Session, owner: Task | None) -> Forwards:
-    return owner.forwards if owner is not None else session.loose.forwards
+    forwards = owner.forwards if owner is not None else session.loose.forwards
+    forwards.trim()
+    return forwards
 
 
 def _dropout(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -188,7 +190,9 @@ def _dropout(session: Session, original: Callable[..., Tensor]) -> Callable[...,
             active = bool(training) and p > 0
             name = owner.module_names.get(id(module)) if owner and owner.module_names else None
             reference = weakref.ref(module) if module is not None else None
-            _forwards(session, owner).dropouts.append(DropoutCall(reference, active, p, name))
+            _forwards(session, owner).dropouts.append(
+                DropoutCall(reference, active, p, name, next_order(), guard.differentiable)
+            )
         return result
 
     return dropout

@@ -11,11 +11,21 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from divergence_probe.observe import gradients, libraries, losses, modes, normalization, optimizers
+from divergence_probe.observe import (
+    functional,
+    gradients,
+    libraries,
+    losses,
+    modes,
+    normalization,
+    optimizers,
+)
+from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
-_INSTRUMENTS = (normalization, losses, modes, gradients, optimizers)
+_INSTRUMENTS = (normalization, losses, modes, functional)
+_LOOP_INSTRUMENTS = (gradients, optimizers)
 
 
 class Observer:
@@ -30,6 +40,9 @@ class Observer:
         """Start watching. Libraries imported later are met when they are."""
         for instrument in _INSTRUMENTS:
             instrument.install(self._patches, self._session)
+        loops = Loops(self._session)
+        for loop_instrument in _LOOP_INSTRUMENTS:
+            loop_instrument.install(self._patches, self._session, loops)
         for name in library_files():
             adapter = importlib.import_module(f"{libraries.__name__}.{name}")
             if adapter.LIBRARY in sys.modules:

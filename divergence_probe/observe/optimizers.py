@@ -2,89 +2,295 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.following import Pending
+from divergence_probe.observe.loops import Loops, spread
 from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session
+from divergence_probe.observe.session import Session, Task
 
 
-def install(patches: Patches, session: Session) -> None:
-    """Watch every ``torch.optim`` step."""
-    watch = _Optimizers(session)
+def install(patches: Patches, session: Session, loops: Loops) -> None:
+    """Watch every ``torch.optim`` step, and deep copies of parameters."""
+    watch = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
+    patches.set_attribute(nn.Parameter, "__deepcopy__", watch.deepcopy)
 
 
-class _Optimizers:
-    """Steps of optimizers; those that move the base of earlier tasks are outer steps."""
+@dataclass
+class _Step:
+    """An optimizer step in progress."""
 
-    def __init__(self, session: Session) -> None:
+    optimizer: Optimizer
+    parameters: list[Tensor]
+    before: list[Tensor]
+    gradients: list[Tensor | None]
+    pending: Pending | None
+    site: int
+    known: KnownModel
+    positions: list[int]
+    outer: bool
+    base: KnownModel | None
+    carried_steps: float
+    carries_state: bool
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.step: _Step | None = None
+        self.last: tuple[Pending | None, Task] | None = None
+
+
+class Optimizers:
+    """Steps of optimizers: outer where they move a base, inner where they move its copies."""
+
+    def __init__(self, session: Session, loops: Loops) -> None:
         self._session = session
-        self._pending: tuple[Any, ...] | None = None
+        self._loops = loops
+        self._thread = _Thread()
+        self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
+        self._nesting = Nesting(session)
+        session.closing.append(self.close)
+
+    def deepcopy(self, original: Any) -> Any:
+        """Remember what a deep-copied parameter was copied from."""
+        session = self._session
+
+        def __deepcopy__(self_: nn.Parameter, memo: Any) -> Any:  # noqa: N807
+            copy = original(self_, memo)
+            if session.guard.watching:
+                with session.guard.work():
+                    session.models.note_copy(copy, self_)
+            return copy
+
+        return __deepcopy__
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Keep what the step is about to overwrite."""
         guard = self._session.guard
-        if not guard.watching:
+        if not guard.watching or guard.state.gradient:
             return
         with guard.work():
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            known = self._base(parameters)
-            if known is None:
-                return
-            current = _aligned(known, parameters)
-            self._pending = (
-                optimizer,
-                known,
-                current,
-                [p.detach().clone() if p is not None else None for p in current],
-                [p.grad.detach().clone() if p is not None and p.grad is not None else None
-                 for p in current],
-                self._session.sites.here(),
-            )
+            self._thread.step = self._begin(optimizer)
+        guard.state.gradient += 1  # a closure's gradients are the step's own
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The outer step is complete."""
-        pending, self._pending = self._pending, None
+        """The step is complete."""
         guard = self._session.guard
-        if pending is None or pending[0] is not optimizer or not guard.watching:
+        step, self._thread.step = self._thread.step, None
+        if step is None or step.optimizer is not optimizer:
             return
+        guard.state.gradient -= 1
         with guard.work():
-            _, known, current, before, gradients, site = pending
+            self._end(step)
+
+    def _begin(self, optimizer: Optimizer) -> _Step:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        pending = self._consumed(parameters)
+        base, positions = self._copied_from(parameters)
+        if base is not None:
+            known, outer = base, False
+        else:
+            known, positions = self._loops.name(parameters, parameters)
+            outer = known in self._session.bases
+        if pending is not None:
+            self._session.name_forwards(pending.forwards, known, None)
+        return _Step(
+            optimizer,
+            parameters,
+            [p.detach().clone() for p in parameters],
+            [p.grad.detach().clone() if p.grad is not None else None for p in parameters],
+            pending,
+            self._session.sites.here(),
+            known,
+            positions,
+            outer,
+            base,
+            _largest_step(optimizer),
+            _has_state(optimizer),
+        )
+
+    def _consumed(self, parameters: list[Tensor]) -> Pending | None:
+        """The pending backward this optimizer acts on, if it is its own."""
+        pending = self._loops.pending
+        if pending is None or pending.function != "backward":
+            return None
+        ids = {id(parameter) for parameter in parameters}
+        inputs = [tensor for r in pending.inputs if (tensor := r()) is not None]
+        if inputs and not any(id(tensor) in ids for tensor in inputs):
+            return None
+        pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
+        return self._loops.take_pending()
+
+    def _end(self, step: _Step) -> None:
+        after = [p.detach().clone() for p in step.parameters]
+        width = len(step.known.layout.parameters)
+        columns = [spread(values, step.positions, width) for values in (step.before, after, step.gradients)]
+        if step.outer and not self._declared_inner(step.optimizer):
+            self._loops.settle()
+            if step.pending is not None:
+                self._loops.not_a_step(step.pending)
+            self._loops.end_task()
+            self._nesting.outer_step()
             self._session.outer_step(
-                known,
-                before,
-                [p.detach().clone() if p is not None else None for p in current],
-                gradients,
-                learning_rate=_largest_rate(optimizer),
-                site=site,
-                optimizer=type(optimizer).__name__,
+                step.known, *columns, learning_rate=_largest_rate(step.optimizer),
+                site=step.site, optimizer=type(step.optimizer).__name__,
             )
+            return
+        task = self._task(step)
+        if self._merge(step, task, columns):
+            return
+        pending = step.pending
+        flags = pending.flags if pending is not None else 0
+        self._session.step(
+            task,
+            *columns,
+            loss=pending.loss if pending is not None else None,
+            learning_rate=_largest_rate(step.optimizer),
+            site=step.site,
+            forwards=pending.forwards if pending is not None else Forwards(),
+            flags=flags,
+            carried=pending.carried if pending is not None else (),
+        )
+        task.fast = [None] * width
+        for parameter, position in zip(step.parameters, step.positions, strict=True):
+            task.fast[position] = weakref.ref(parameter)
+        self._thread.last = (pending, task)
 
-    def _base(self, parameters: list[Tensor]) -> KnownModel | None:
-        """The base of an earlier task that these parameters belong to."""
-        for parameter in parameters:
-            found = self._session.models.find(parameter)
-            if found is not None and found[0] in self._session.bases:
-                return found[0]
-        return None
+    def _merge(self, step: _Step, task: Task, columns: list[list[Tensor | None]]) -> bool:
+        """A second optimizer after the same backward completes the row of the first."""
+        if step.pending is not None or self._thread.last is None:
+            return False
+        if self._thread.last[1] is not task or task.last is None:
+            return False
+        row = task.last
+        for name, values in zip(("before", "after", "gradients"), columns, strict=True):
+            kept = list(getattr(row, name))
+            if name == "before" and any(
+                a is not None and b is not None for a, b in zip(kept, values, strict=True)
+            ):
+                return False
+            setattr(row, name, [a if a is not None else b for a, b in zip(kept, values, strict=True)])
+        return True
 
+    def _task(self, step: _Step) -> Task:
+        """The task this in-place step belongs to; a new one where the weights were reset."""
+        for optimizer, task in list(self._tasks.items()):
+            if task.ended or task.known is not step.known:
+                continue
+            if optimizer is step.optimizer or not set(step.positions) & set(task.positions):
+                if self._unchanged(task, step):
+                    return task
+        self._loops.end_task()
+        for task in [t for t in self._tasks.values() if t.known is step.known and not t.ended]:
+            self._finish(task)
+        base = step.base
+        declared = self._declared_inner(step.optimizer)
+        confirmed = declared or self._copied_before(base)
+        task = self._session.start_task(
+            step.known,
+            "torch.optim",
+            step.site,
+            base=base,
+            provisional=not confirmed,
+            optimizer=type(step.optimizer).__name__,
+            in_place=True,
+            carried_steps=step.carried_steps,
+            carried_state=step.carries_state,
+            copied=base is not None,
+        )
+        task.positions, task.in_place = step.positions, True
+        self._tasks[step.optimizer] = task
+        self._nesting.began(task, spread(step.before, step.positions, len(step.known.layout.parameters)))
+        return task
 
-def _aligned(known: KnownModel, parameters: list[Tensor]) -> list[Tensor | None]:
-    """The optimizer's parameters in the model's order; None for those it does not step."""
-    stepped = {id(parameter): parameter for parameter in parameters}
-    references = (reference() for reference in known.parameters)
-    return [stepped.get(id(p)) if p is not None else None for p in references]
+    def _unchanged(self, task: Task, step: _Step) -> bool:
+        if task.last is None:
+            return True
+        for value, position in zip(step.before, step.positions, strict=True):
+            left = task.last.after[position]
+            if left is None or left.device.type != "cpu":
+                continue
+            if not torch.equal(left, value) and not bool(left.isnan().any()):
+                return False
+        return True
+
+    def _copied_from(self, parameters: list[Tensor]) -> tuple[KnownModel | None, list[int]]:
+        """The model these parameters were deep-copied from, and their positions in it."""
+        models = self._session.models
+        origins = [models.origin_of(parameter) for parameter in parameters]
+        present = [origin for origin in origins if origin is not None]
+        if len(present) < len(origins) or not present:
+            return None, []
+        if models.find(present[0]) is None:
+            models.discover(present)
+        found = [models.find(origin) for origin in present]
+        places = [place for place in found if place is not None]
+        if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
+            return None, []
+        return places[0][0], [place[1] for place in places]
+
+    def _copied_before(self, base: KnownModel | None) -> bool:
+        """Whether another copy of the same base was adapted before this one."""
+        if base is None:
+            return False
+        earlier = [task for task in self._nesting.tasks if task.base is base]
+        for task in earlier:
+            self._session.confirm(task)
+        return bool(earlier)
+
+    def _declared_inner(self, optimizer: Optimizer) -> bool:
+        return any(
+            declared is optimizer or declared in (type(optimizer), type(optimizer).__name__)
+            for declared in self._session.inner
+        )
+
+    def _finish(self, task: Task) -> None:
+        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        taken = self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
+        task.forwards.extend(taken)
+        self._session.finish_task(task)
+
+    def close(self) -> None:
+        """The run is over."""
+        for task in list(self._tasks.values()):
+            if not task.ended:
+                if task.provisional and task.base is not None:
+                    self._session.confirm(task)
+                self._finish(task)
 
 
 def _largest_rate(optimizer: Optimizer) -> float | None:
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     return max((float(rate) for rate in rates), default=None)
+
+
+def _largest_step(optimizer: Optimizer) -> float:
+    steps = (s["step"] for s in optimizer.state.values() if "step" in s)
+    return max((float(step) for step in steps), default=0.0)
+
+
+def _has_state(optimizer: Optimizer) -> bool:
+    """Whether any moment or momentum buffer exists already."""
+    return any(
+        isinstance(value, Tensor) and value.numel() > 1
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+
+

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import Forwards, NormalizationCall, Number, Row
+from divergence_probe.observe.following import Learned
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models
 from divergence_probe.observe.statistics import build_block
@@ -39,6 +40,7 @@ from divergence_probe.record.schema import (
 _ROWS_PER_BLOCK = 64
 _BYTES_PER_BLOCK = 32 * 2**20
 _SECONDS_PER_BLOCK = 1.0
+_ROWS_HELD = 32
 
 
 class Sink(Protocol):
@@ -63,6 +65,15 @@ class Task:
         module_names: names of the modules of its fast model, by identity.
         last: the row of its last step.
         fast: weak references to its current fast weights.
+        base: the model whose weights it started from, where those are other tensors.
+        positions: which of the model's parameters its loop moves, in the loop's order.
+        inputs: weak references to what its next gradient is expected to be taken of.
+        in_place: whether its updates overwrite the parameters.
+        learned: what is known of the line its gradients are taken at.
+        provisional: whether it may still turn out to be ordinary training; then rows are held.
+        held: rows of a provisional task.
+        start_event: of a provisional task.
+        first: the row of its first step.
         recomputed: normalisation layers seen running again inside a gradient call.
         data: facts for its events.
     """
@@ -77,6 +88,15 @@ class Task:
     module_names: dict[int, str] | None = None
     last: Row | None = None
     fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    base: KnownModel | None = None
+    positions: list[int] = field(default_factory=list)
+    inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    in_place: bool = False
+    learned: Learned | None = None
+    provisional: bool = False
+    held: list[Row] = field(default_factory=list)
+    start_event: Event | None = None
+    first: Row | None = None
     recomputed: set[str | None] = field(default_factory=set)
     data: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
@@ -111,6 +131,8 @@ class Session:
         self.eager = False
         self.phase: str | None = None
         self.label: str | None = None
+        self.closing: list[Callable[[], None]] = []
+        self.inner: tuple[Any, ...] = ()
         self._sink = sink
         self._rank = rank
         self._started = self._flushed = time.perf_counter()
@@ -148,28 +170,59 @@ class Session:
             self.event("incomplete", None, -1, reason=sentence)
 
     def start_task(
-        self, known: KnownModel, adapter: str, site: int, width: int = 1, **data: Any
+        self,
+        known: KnownModel,
+        adapter: str,
+        site: int,
+        width: int = 1,
+        base: KnownModel | None = None,
+        provisional: bool = False,
+        **data: Any,
     ) -> Task:
-        """An inner loop begins on ``known``."""
-        index = next(self._indices)
-        for _ in range(width - 1):
-            next(self._indices)
-        task = Task(index, known, adapter, site, width, data=data)
+        """An inner loop begins on ``known``.
+
+        Args:
+            known: names its parameters.
+            adapter: how it is seen.
+            site: the user's line.
+            width: number of tasks batched by vmap.
+            base: the model it starts from, where an outer step would move other tensors than the
+                inner one does.
+            provisional: it may turn out to be ordinary training: hold it until :meth:`confirm`.
+            data: facts for the ``task-start`` event.
+        """
+        task = Task(-1, known, adapter, site, width, base=base, provisional=provisional)
+        task.data = {"adapter": adapter, "model": known.layout.model, "width": width, **data}
+        if self.label is not None:
+            task.data["label"] = self.label
+        if not provisional:
+            self._number(task)
+            self.event("task-start", task, site, **task.data)
         self.open.append(task)
-        self.bases.add(known)
-        if adapter not in self.adapters:
-            self.adapters.append(adapter)
-        self.event(
-            "task-start",
-            task,
-            site,
-            adapter=adapter,
-            model=known.layout.model,
-            width=width,
-            label=self.label,
-            **data,
-        )
+        if base is not None:
+            self.bases.add(base)
         return task
+
+    def _number(self, task: Task) -> None:
+        task.index = next(self._indices)
+        for _ in range(task.width - 1):
+            next(self._indices)
+
+    def confirm(self, task: Task) -> None:
+        """A provisional task is an inner loop after all: record what was held."""
+        if not task.provisional:
+            return
+        task.provisional = False
+        self._number(task)
+        steps, task.steps = task.steps, 0
+        self.event("task-start", task, task.site, **task.data)
+        task.steps = steps
+        held, task.held = task.held, []
+        for row in held:
+            row.task = task.index
+            self._add(row, task)
+        if task.ended:
+            self.event("task-end", task, -1, steps=task.steps)
 
     def step(
         self,
@@ -183,6 +236,8 @@ class Session:
         site: int,
         forwards: Forwards,
         flags: int = 0,
+        width: int = 1,
+        carried: Sequence[Tensor] = (),
     ) -> Row:
         """An inner step was taken. Tensors must be detached and safe from in-place changes."""
         row = Row(
@@ -199,10 +254,12 @@ class Session:
             loss,
             learning_rate,
             flags,
-            task.width,
+            max(width, task.width),
             task.last,
+            carried,
         )
         task.last = row
+        task.first = task.first or row
         task.steps += 1
         self._add(row, task)
         return row
@@ -267,6 +324,13 @@ class Session:
         self.event("outer-step", None, site, without_gradient=missing, **data)
         self._add(row, None)
 
+    def current_forwards(self) -> Forwards:
+        """Where a forward that names no module belongs: the open task's, else the thread's."""
+        for task in reversed(self.open):
+            if task.module_names is not None:
+                return task.forwards
+        return self.loose.forwards
+
     def finish_task(self, task: Task) -> None:
         """The inner loop ended; forwards nobody took a gradient of become its query row."""
         if task.ended:
@@ -277,6 +341,8 @@ class Session:
         if task.forwards and task.steps:
             self.query(task, task.forwards.take(), None, -1)
         task.last = None
+        if task.provisional:
+            return
         self.event("task-end", task, -1, steps=task.steps)
         if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
             self.flush()
@@ -293,7 +359,10 @@ class Session:
     def _add(self, row: Row, task: Task | None) -> None:
         known = task.known if task is not None else None
         if known is not None and row.forwards:
-            self._name(row.forwards, known, task)
+            self.name_forwards(row.forwards, known, task)
+        if task is not None and task.provisional:
+            self._hold(task, row)
+            return
         with self._lock:
             if self._rows and self._rows[-1].layout != row.layout:
                 self.flush()
@@ -306,7 +375,15 @@ class Session:
             ):
                 self.flush()
 
-    def _name(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
+    def _hold(self, task: Task, row: Row) -> None:
+        """Keep a provisional task's row, but never many: ordinary training goes on for ever."""
+        row.previous = None if len(task.held) >= _ROWS_HELD else row.previous
+        task.held.append(row)
+        if len(task.held) > _ROWS_HELD or sum(r.size() for r in task.held) > _BYTES_PER_BLOCK:
+            del task.held[0]
+            task.held[0].previous = None
+
+    def name_forwards(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
         """Give every call its layer name while its module is still alive."""
         for order, call in enumerate((*forwards.normalizations, *forwards.dropouts)):
             if call.name is not None:
@@ -331,6 +408,8 @@ class Session:
         if weight is None:
             return None
         position = known.position(weight)
+        if position is None and (origin := self.models.origin_of(weight)) is not None:
+            position = known.position(origin)
         if position is None and task is not None:
             for index, reference in enumerate(task.fast):
                 if reference is not None and reference() is weight:
@@ -363,6 +442,8 @@ class Session:
 
     def close(self) -> None:
         """End everything that is open and hand on what is left."""
+        for closing in self.closing:
+            closing()
         for task in list(self.open):
             self.finish_task(task)
         self.flush()

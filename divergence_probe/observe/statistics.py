@@ -234,8 +234,13 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
     rate_known = np.concatenate([np.full(r.width, r.learning_rate is not None) for r in rows])
     arrays["learning_rate"] = np.where(rate_known, rates, -np.inf)
     arrays["instability"] = instability(rows)
-    arrays["output_norm"] = np.full(len(losses), MISSING)
+    carried = [_total_norm(row.carried) for row in rows]
+    arrays["carried_gradient"] = np.repeat(carried, [row.width for row in rows])
     return arrays
+
+
+def _total_norm(tensors: Sequence[Tensor]) -> float:
+    return float(np.sqrt(np.square(norms(tensors)).sum())) if tensors else 0.0
 
 
 def _per_task(rows: Sequence[Row], values: Sequence[Number]) -> Array:

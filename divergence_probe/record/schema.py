@@ -35,7 +35,7 @@ SCALAR_COLUMNS: dict[str, str] = {
     "loss_seen": "1 where a loss was seen",
     "learning_rate": "largest over parameter groups; -inf where unknown",
     "instability": "step size x curvature of the step before, from two gradients; nan unknown",
-    "output_norm": "Frobenius norm of the model's output; -1 where not seen",
+    "carried_gradient": "norm of the .grad that was already there before the step's own backward",
     "flags": "bit set, see FLAGS",
 }
 

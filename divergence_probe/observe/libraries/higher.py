@@ -100,6 +100,7 @@ class _Higher:
             known,
             "higher",
             session.sites.here(),
+            base=known,
             optimizer=type(other).__name__,
             track_higher_grads=bool(optimizer._track_higher_grads),
             copy_initial_weights=copied,
@@ -203,8 +204,7 @@ class _Higher:
 
 def _take(session: Session, task: Task) -> Forwards:
     taken = task.forwards.take()
-    loose = session.loose.forwards.take()
-    taken.loss = taken.loss if taken.loss is not None else loose.loss
+    taken.losses += session.loose.forwards.take().losses
     return taken
 
 

@@ -1,0 +1,409 @@
+"""Loops of no known library: from gradient calls and updates to tasks, inner steps and queries.
+
+Identity tells the story. A gradient taken of the tensors the last update made goes on with the same
+task; one taken of anything else begins a new one; one that no update follows is the query's, or the
+outer step's. Where an update works in place, the same tensors stay: then a value that changed
+between two steps by other means is a restored base, and begins a new task.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.following import Follower, Learned, Pending
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.nesting import Nesting
+from divergence_probe.observe.resolution import Update, resolve
+from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.tensors import base_of, batched, physical
+from divergence_probe.record.schema import FLAGS
+
+_ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
+
+
+class _Thread(threading.local):
+    """What one thread is in the middle of."""
+
+    def __init__(self) -> None:
+        self.pending: Pending | None = None
+        self.task: Task | None = None
+        self.follower: Follower | None = None
+        self.forwards = Forwards()
+        self.extends = False
+
+
+class Loops:
+    """Follows every gradient call that no library adapter has claimed."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._thread = _Thread()
+        self._learned: dict[int, Learned] = {}
+        self._in_place = Nesting(session)
+        session.closing.append(self.close)
+
+    @property
+    def pending(self) -> Pending | None:
+        """The gradient this thread waits to see the update of."""
+        return self._thread.pending
+
+    def learned_here(self) -> Learned:
+        """What is known of the user's current line."""
+        return self._learned.setdefault(self._session.sites.here(), Learned())
+
+    def opening(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
+        """A gradient is about to be taken: what was being followed is complete by now."""
+        thread = self._thread
+        if thread.follower is not None:
+            thread.follower.stop()
+        thread.forwards = self._session.loose.forwards.split_for(loss, self._foreign_to(inputs))
+        pending = thread.pending
+        thread.extends = pending is not None and self._extends(pending, function, loss, inputs)
+        if not thread.extends:
+            self.settle(inputs)
+
+    def gradient(
+        self,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        *,
+        carried: Sequence[Tensor] = (),
+    ) -> None:
+        """The gradient was taken of ``loss`` with respect to ``inputs``."""
+        thread = self._thread
+        forwards, thread.forwards = thread.forwards, Forwards()
+        pending = thread.pending
+        if thread.extends and pending is not None:
+            pending.forwards.extend(forwards)
+            self._extend(pending, loss, inputs, gradients)
+        else:
+            pending = self._begin(function, loss, inputs, gradients, forwards)
+            pending.carried = list(carried)
+            thread.pending = pending
+        if self._needs_following(pending):
+            if thread.follower is None:
+                thread.follower = Follower(self._session.guard)
+            thread.follower.follow(pending, gradients)
+
+    def _begin(
+        self,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        forwards: Forwards,
+    ) -> Pending:
+        site = self._session.sites.here()
+        learned = self._learned.setdefault(site, Learned())
+        widths = [physical(t)[1] for t in (*inputs, *gradients) if t is not None]
+        width = max(widths, default=1)
+        # An in-place update would overwrite what an alias shows; functional ones leave it alone.
+        copy = learned.functional is not True and function != "func"
+        scalar = loss is not None and loss.numel() > 0
+        second_order = any(g is not None and g.requires_grad for g in gradients)
+        pending = Pending(
+            site=site,
+            function=function,
+            inputs=[weakref.ref(tensor) for tensor in inputs],
+            before=[_kept(batched(t, width), copy or self._is_base(t)) for t in inputs],
+            gradients=[_kept(batched(g, width), copy) if g is not None else None for g in gradients],
+            loss=physical(loss)[0].detach() if loss is not None and scalar else None,
+            loss_of=weakref.ref(loss) if loss is not None else None,
+            forwards=forwards,
+            learned=learned,
+            flags=FLAGS["second_order"] if second_order else 0,
+            width=width,
+        )
+        self._place(pending, inputs)
+        return pending
+
+    def _is_base(self, tensor: Tensor) -> bool:
+        """Whether an outer step may overwrite the tensor before it is measured."""
+        return tensor.is_leaf and self._session.models.find(tensor) is not None
+
+    def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
+        """Tells weights of another open task from those a gradient of ``inputs`` can go through."""
+        own = {id(tensor) for tensor in inputs}
+        others: set[int] = set()
+        for task in self._session.open if inputs else ():
+            others |= {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        return lambda weight: id(weight) in others and id(weight) not in own
+
+    def _place(self, pending: Pending, inputs: Sequence[Tensor]) -> None:
+        """Note the task it goes on with, or the model it begins with, while the inputs live."""
+        task = self._thread.task
+        if task is not None and self._continues(task, pending):
+            pending.task = task
+        elif inputs:
+            pending.named = self.name(inputs, inputs)
+        known = pending.task.known if pending.task else pending.named and pending.named[0]
+        if known:
+            self._session.name_forwards(pending.forwards, known, pending.task)
+
+    def _extends(
+        self, pending: Pending, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
+    ) -> bool:
+        """Whether this call belongs to the same step: one ``grad()`` a parameter, or accumulation."""
+        if pending.function != function or function == "func":
+            return False
+        if function == "grad":
+            same_loss = loss is not None and pending.loss_of is not None
+            same_loss = same_loss and pending.loss_of() is loss  # type: ignore[misc]
+            return same_loss and all(pending.is_input(tensor) is None for tensor in inputs)
+        same_inputs = len(inputs) == len(pending.inputs) and all(
+            reference() is tensor for reference, tensor in zip(pending.inputs, inputs, strict=True)
+        )
+        return same_inputs and not pending.updated and not pending.escaped
+
+    def _extend(
+        self,
+        pending: Pending,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        if pending.function == "backward":
+            pending.gradients = [_kept(g, True) if g is not None else None for g in gradients]
+            pending.flags |= FLAGS["accumulated"]
+            if isinstance(pending.loss, Tensor) and loss is not None and loss.numel() == 1:
+                pending.loss = pending.loss + loss.detach()
+            return
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            pending.inputs.append(weakref.ref(tensor))
+            pending.before.append(_kept(batched(tensor, pending.width), True))
+            kept = _kept(batched(gradient, pending.width), True) if gradient is not None else None
+            pending.gradients.append(kept)
+            pending.candidates.append([])
+            pending.writes.append(0)
+
+    def _needs_following(self, pending: Pending) -> bool:
+        """Whether the update must be watched as it happens.
+
+        Not where an optimizer takes the step (its hooks are exact). Not in the middle of a
+        functional task whose length is known: there the next gradient call shows the update.
+        """
+        learned = pending.learned
+        if learned.optimizer is not None or not pending.inputs:
+            return False
+        task = self._thread.task
+        if learned.functional and learned.steps and learned.confirmed > 1 and task is not None:
+            position = task.steps if pending.task is task else 0
+            return position >= learned.steps - 1
+        return True
+
+    # -- what it was ------------------------------------------------------------------------------
+
+    def take_pending(self) -> Pending | None:
+        """An optimizer takes the step: the pending gradient is its own."""
+        pending, self._thread.pending = self._thread.pending, None
+        if self._thread.follower is not None:
+            self._thread.follower.stop()
+        return pending
+
+    def settle(self, following: Sequence[Tensor] = ()) -> None:
+        """Decide what the pending gradient was, given what the next one is taken of (if any)."""
+        pending = self.take_pending()
+        if pending is None:
+            return
+        update = resolve(pending, following, self._session.models)
+        if update is not None:
+            self._step(pending, update)
+        elif pending.learned.functional and not pending.followed:
+            # A step of a loop that ended earlier than the ones before: its result was not seen.
+            pending.learned.steps = pending.learned.previous_steps = None
+            nothing: list[Tensor | None] = [None] * len(pending.inputs)
+            self._step(pending, Update(list(nothing), list(nothing)))
+        elif pending.escaped:
+            nothing = [None] * len(pending.inputs)
+            self._session.unseen(
+                "An update left torch (.numpy()): the weights after a task's last step were not "
+                "seen. Keep the update in torch operations to see them."
+            )
+            self._step(pending, Update(list(nothing), list(nothing)))
+        else:
+            self.not_a_step(pending)
+
+    def _step(self, pending: Pending, update: Update) -> None:
+        session, thread = self._session, self._thread
+        if update.in_place and self._moves_a_base(pending):
+            self._outer(pending, update)
+            return
+        task = pending.task
+        if task is None or task.ended or task is not thread.task:
+            task = self._start(pending, update.in_place)
+        positions = task.positions
+        width = len(task.known.layout.parameters)
+        flags = pending.flags
+        flags |= 0 if update.certain else FLAGS["uncertain"]
+        flags |= 0 if update.complete else FLAGS["incomplete"]
+        session.step(
+            task,
+            spread(pending.before, positions, width),
+            spread(update.values, positions, width),
+            spread(pending.gradients, positions, width),
+            loss=pending.loss,
+            learning_rate=None,
+            site=pending.site,
+            forwards=pending.forwards,
+            flags=flags,
+            width=pending.width,
+            carried=pending.carried,
+        )
+        task.inputs = [weakref.ref(t) if t is not None else None for t in update.tensors]
+        task.fast = [None] * width
+        for reference, position in zip(task.inputs, positions, strict=True):
+            task.fast[position] = reference
+
+    def _continues(self, task: Task, pending: Pending) -> bool:
+        """Whether the gradient was taken of the task's own fast weights."""
+        if task.ended or not task.inputs:
+            return False
+        fast = {id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None}
+        inputs = [reference() for reference in pending.inputs]
+        ours = [i for i, tensor in enumerate(inputs) if id(tensor) in fast]
+        if not ours:
+            return False
+        if not task.in_place or task.last is None:
+            return True
+        return all(
+            _same_values(task.last.after[task.positions[i]], pending.before[i])
+            for i in ours
+            if i < len(task.positions)
+        )
+
+    def _start(self, pending: Pending, in_place: bool) -> Task:
+        session, thread = self._session, self._thread
+        self.end_task()
+        tensors = [reference() for reference in pending.inputs]
+        known, positions = pending.named or self.name(tensors, pending.before)
+        own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
+        task = session.start_task(
+            known,
+            _ADAPTERS[pending.function],
+            pending.site,
+            width=pending.width,
+            base=None if own else known,
+            provisional=own,
+            in_place=in_place,
+        )
+        task.positions, task.in_place, task.learned = positions, in_place, pending.learned
+        thread.task = task
+        self._in_place.began(task, pending.before)
+        return task
+
+    def end_task(self) -> None:
+        """The current task is over; what ran since its last gradient was its query."""
+        thread = self._thread
+        task, thread.task = thread.task, None
+        if task is None or task.ended:
+            return
+        if task.learned is not None:
+            task.learned.task_took(task.steps)
+        task.forwards.extend(self._used_by(task))
+        self._session.finish_task(task)
+
+    def _used_by(self, task: Task) -> Forwards:
+        """Loose forwards that ran with the task's fast weights (or with none that shows)."""
+        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        return self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
+
+    def name(
+        self, tensors: Sequence[Tensor | None], values: Sequence[Tensor]
+    ) -> tuple[KnownModel, list[int]]:
+        """The model that parameters belong to, and their positions in it.
+
+        By identity, by what they were cloned from, by value, and last by shape and position.
+        """
+        models = self._session.models
+        origins = [
+            self._origin(tensor if tensor is not None else value)
+            for tensor, value in zip(tensors, values, strict=True)
+        ]
+        found = [models.find(origin) or models.stand_in(origin) for origin in origins]
+        if not all(found):
+            models.discover(origins)
+            found = [models.find(origin) or models.stand_in(origin) for origin in origins]
+        first = found[0] if found else None
+        if first is not None and all(f is not None and f[0] is first[0] for f in found):
+            return first[0], [f[1] for f in found if f is not None]
+        plain = [physical(tensor)[0] for tensor in values]
+        matched = models.match(plain) or models.search_by_value(plain)
+        if matched is not None:
+            return matched
+        return models.nameless(plain, [""] * len(plain)), list(range(len(plain)))
+
+    def _origin(self, tensor: Tensor) -> Tensor:
+        models = self._session.models
+        if models.find(tensor) is not None or models.stand_in(tensor) is not None:
+            return tensor
+        base = base_of(tensor)
+        return base if base is not None else tensor
+
+    def _moves_a_base(self, pending: Pending) -> bool:
+        """Whether an in-place update moves the base of earlier tasks: an outer step by hand."""
+        for reference in pending.inputs:
+            tensor = reference()
+            found = self._session.models.find(tensor) if tensor is not None else None
+            if found is not None and found[0] in self._session.bases:
+                return True
+        return False
+
+    def _outer(self, pending: Pending, update: Update) -> None:
+        self.end_task()
+        tensors = [reference() for reference in pending.inputs]
+        known, positions = pending.named or self.name(tensors, pending.before)
+        width = len(known.layout.parameters)
+        self._session.outer_step(
+            known,
+            spread(pending.before, positions, width),
+            spread(update.values, positions, width),
+            spread(pending.gradients, positions, width),
+            learning_rate=None,
+            site=pending.site,
+            optimizer="",
+        )
+
+    def not_a_step(self, pending: Pending) -> None:
+        """No inner update followed: the gradient was the query's (or the outer step's)."""
+        task = self._thread.task
+        if task is not None and not task.ended and task.steps:
+            forwards = self._used_by(task)
+            forwards.extend(pending.forwards)
+            self._session.query(task, forwards, pending.loss, pending.site, pending.flags)
+
+    def close(self) -> None:
+        """The run is over."""
+        self.settle()
+        self.end_task()
+
+
+def _kept(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().clone() if copy else tensor.detach()
+
+
+def _same_values(left: Tensor | None, right: Tensor) -> bool:
+    """Whether an in-place parameter still is what the last update left.
+
+    On an accelerator this would wait for the device, so there a restore is not noticed this way.
+    """
+    if left is None or left.device.type != "cpu":
+        return True
+    return torch.equal(left, right) or bool(left.isnan().any())
+
+
+def spread(
+    values: Sequence[Tensor | None], positions: Sequence[int], width: int
+) -> list[Tensor | None]:
+    """Values at their positions in the model's own order, None elsewhere."""
+    result: list[Tensor | None] = [None] * width
+    for value, position in zip(values, positions, strict=True):
+        result[position] = value
+    return result

@@ -1,0 +1,62 @@
+"""Whether loops that update in place are inner loops, or ordinary training.
+
+In place, one inner loop looks like any training loop. What makes it nested is that it starts over:
+from a copy of a base, from restored weights, or (Reptile) from weights moved between two runs of
+steps. Until one of these is seen a task is provisional and nothing is reported of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.session import Session, Task
+
+# Ordinary training may touch its weights between steps (clamping, averaging); after single steps
+# that says nothing, after several equal runs of steps it is a loop around a loop.
+_STEPS_A_RUN = 2
+_EQUAL_RUNS = 2
+
+
+class Nesting:
+    """Watches in-place tasks begin, and confirms those that start over."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.tasks: list[Task] = []
+        self._starts: list[tuple[Task, list[Tensor]]] = []
+
+    def began(self, task: Task, before: Sequence[Tensor | None]) -> None:
+        """A task that updates in place began at the values ``before``."""
+        if not task.in_place:
+            return
+        values = [tensor for tensor in before if tensor is not None]
+        if task.provisional:
+            earlier = [
+                other
+                for other, start in self._starts
+                if other.known.layout is task.known.layout and _equal(start, values)
+            ]
+            same = [other for other in self.tasks if other.known is task.known]
+            runs = [other.steps for other in same[-_EQUAL_RUNS:]]
+            if earlier or (len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN):
+                for other in (*earlier, *same, task):
+                    self._session.confirm(other)
+        self.tasks = [*self.tasks[-8:], task]
+        self._starts = [*self._starts[-8:], (task, values)]
+
+    def outer_step(self) -> None:
+        """An outer optimizer moved a base: copies trained before it were inner loops."""
+        for task in self.tasks:
+            if task.base is not None:
+                self._session.confirm(task)
+
+
+def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether two sets of weights are the same, looked at only where that needs no device sync."""
+    return len(left) == len(right) and all(
+        a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(left, right, strict=True)
+    )

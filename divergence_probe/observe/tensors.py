@@ -1,0 +1,84 @@
+"""Small facts about tensors: what lies under functorch wrappers, and which leaves a loss reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under every functorch wrapper: safe to keep and to measure."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def physical(tensor: Tensor) -> tuple[Tensor, int]:
+    """The plain tensor with its vmap dimensions moved to the front and merged, and their size.
+
+    Returns:
+        ``(tensor, 1)`` for a tensor no vmap has batched.
+    """
+    batched: list[int] = []
+    while is_functorch_wrapped_tensor(tensor):
+        inner = get_unwrapped(tensor)
+        if is_batchedtensor(tensor):
+            # Outer dimensions already moved to the front shift this one back.
+            inner = inner.movedim(maybe_get_bdim(tensor), 0) if not batched else inner
+            batched.append(inner.shape[0])
+        tensor = inner
+    if not batched:
+        return tensor, 1
+    return tensor, batched[0]
+
+
+def batched(tensor: Tensor, width: int) -> Tensor:
+    """The plain tensor with a task dimension of ``width`` first (none where ``width`` is 1)."""
+    value, own = physical(tensor)
+    if width == own:
+        return value
+    return value.unsqueeze(0).expand(width, *value.shape)
+
+
+def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """The leaf tensors a backward from ``outputs`` accumulates gradients into, in forward order."""
+    roots = (outputs,) if isinstance(outputs, Tensor) else outputs
+    found: list[Tensor] = []
+    stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    found += [root for root in roots if root.grad_fn is None and root.requires_grad]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found[::-1]
+
+
+def base_of(tensor: Tensor, depth: int = 3) -> Tensor | None:
+    """The leaf a non-leaf parameter was cloned from, if a few identity-like steps lead to one."""
+    node: Any = tensor.grad_fn
+    for _ in range(depth):
+        if node is None:
+            return None
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, torch.Tensor):
+            return variable if variable.shape == tensor.shape else None
+        following = [n for n, _ in node.next_functions if n is not None]
+        if len(following) != 1:
+            return None
+        node = following[0]
+    return None

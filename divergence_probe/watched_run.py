@@ -1,0 +1,238 @@
+"""What ``probe run`` does: watch a script, judge it, report, and choose the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from divergence_probe import recording_folder, runner
+from divergence_probe.commands.options import Destination, Judgement
+from divergence_probe.errors import ProbeError, UsageError
+from divergence_probe.progress import ProgressLine
+from divergence_probe.terminal import wants_color, width_of
+
+if TYPE_CHECKING:
+    from divergence_probe.diagnosis.diagnosis import Diagnosis
+    from divergence_probe.probe import Probe
+
+FINDING = 1
+FAILED = 2
+UNOBSERVED = 5
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything ``probe run`` was asked for, checked.
+
+    Attributes:
+        target: the script or module with its arguments.
+        judgement: which findings count and which fail the run.
+        destinations: where reports go; paths absolute, None for stderr.
+        output: folder of the recording; None for a new one under ``.probe/``.
+        force: replace a recording that is there.
+        confirm: re-run under interventions to prove the cause.
+        confirm_timeout: seconds for one of these re-runs.
+        inner_optimizer: name of the script's variable that holds the inner optimizer.
+    """
+
+    target: runner.Target
+    judgement: Judgement
+    destinations: tuple[Destination, ...] = field(default=(("rich", None),))
+    output: Path | None = None
+    force: bool = False
+    confirm: bool = False
+    confirm_timeout: float | None = None
+    inner_optimizer: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The script's file name, or the module's name."""
+        target = self.target
+        return target.module or Path(os.path.abspath(target.script or "")).name
+
+
+def watch(options: RunOptions) -> int:
+    """Run and report; returns the exit code of the contract.
+
+    Raises:
+        ProbeError: something asked for cannot be done; the script has not run.
+    """
+    try:
+        runner.check(options.target)
+    except runner.TargetError as error:
+        raise UsageError(str(error)) from error
+    _warm_up(options.destinations)
+    name = Path(options.title).stem if options.target.script else options.title
+    folder = recording_folder.prepare(options.output, name, force=options.force)
+    return _WatchedRun(options, folder).run()
+
+
+def _warm_up(destinations: tuple[Destination, ...]) -> None:
+    """Render nothing in each format: what it imports must not come from the script's folder."""
+    from divergence_probe.diagnosis.diagnosis import Diagnosis, Summary
+    from divergence_probe.report import registry
+
+    for name, _ in destinations:
+        try:
+            registry.render(name, Diagnosis("healthy", Summary()))
+        except ProbeError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"--report {name}: this format does not work here: {type(error).__name__}: {error}."
+            ) from error
+
+
+class _WatchedRun:
+    """One run: the probe around the script, and what follows once that has ended."""
+
+    def __init__(self, options: RunOptions, folder: Path) -> None:
+        from divergence_probe.probe import Probe
+        from divergence_probe.thresholds import Thresholds
+
+        judgement = options.judgement
+        self._options = options
+        self._folder = folder
+        self._label = _label(folder)
+        self._failures: list[str] = []
+        self._stderr = sys.stderr
+        self._progress = ProgressLine()
+        self._probe: Probe = Probe(
+            output=folder,
+            selection=judgement.selection,
+            thresholds=Thresholds(judgement.thresholds),
+            on_block=self._progress.update,
+            meta={
+                "title": options.title,
+                "judgement": {**asdict(judgement.selection), "thresholds": judgement.thresholds},
+            },
+        )
+
+    def run(self) -> int:
+        """Run the script, then say what was seen."""
+        try:
+            outcome = runner.run(self._options.target, around=self._around)
+        except runner.TargetError as error:
+            raise UsageError(str(error)) from error
+        finally:
+            self._progress.close()
+        try:
+            code = self._conclude(outcome)
+        except ProbeError as error:
+            self._say(f"probe: {error}")
+            code = FAILED
+        except Exception as error:  # noqa: BLE001 - the script's exit code must get through
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            self._say(
+                f"probe: the report failed: {type(error).__name__}: {error} ({at.name}, line "
+                f"{at.lineno}). The recording is kept: probe report {self._label}. "
+                "Please report this."
+            )
+            code = FAILED
+        return outcome.exit_code or code
+
+    @contextlib.contextmanager
+    def _around(self) -> Iterator[None]:
+        try:
+            self._probe.__enter__()
+        except ImportError as error:
+            raise UsageError(
+                f"The probe cannot be attached: {error}. Install the project and torch into the "
+                f"environment of {sys.executable}."
+            ) from error
+        self._progress.start()
+        try:
+            yield
+        except BaseException as error:
+            self._detach(error)
+            raise
+        self._detach(None)
+
+    def _detach(self, error: BaseException | None) -> None:
+        self._progress.close()
+        try:
+            self._probe.__exit__(type(error) if error is not None else None, error, None)
+        except Exception as failure:  # noqa: BLE001 - never in place of the script's own ending
+            self._failures.append(f"The recording was not finished: {failure}")
+
+    def _conclude(self, outcome: runner.Outcome) -> int:
+        from divergence_probe.report import registry
+        from divergence_probe.stored import write_ending
+
+        diagnosis = replace(
+            self._probe.diagnosis,
+            script_exit=outcome.exit_code,
+            title=self._options.title,
+            recording=self._label,
+        )
+        if self._probe.failure is not None:
+            self._failures.append(f"The probe switched itself off: {self._probe.failure}")
+        try:
+            write_ending(self._folder, diagnosis)
+        except ProbeError as error:
+            self._failures.append(str(error))
+        self._explain(outcome, diagnosis)
+        stream = self._stream()
+        registry.write(
+            diagnosis,
+            self._options.destinations,
+            stream,
+            width=width_of(stream),
+            color=wants_color(stream),
+        )
+        for failure in self._failures:
+            self._say(f"probe: {failure}")
+        return self._code(diagnosis)
+
+    def _explain(self, outcome: runner.Outcome, diagnosis: Diagnosis) -> None:
+        from divergence_probe.explanation import explain
+
+        text = explain(outcome.exception, diagnosis) if outcome.exception is not None else None
+        if text:
+            self._say(text)
+
+    def _code(self, diagnosis: Diagnosis) -> int:
+        if self._options.judgement.fails(diagnosis.findings):
+            return FINDING
+        if self._failures:
+            return FAILED
+        if diagnosis.summary.inner_steps:
+            return 0
+        self._advise(diagnosis)
+        return UNOBSERVED
+
+    def _advise(self, diagnosis: Diagnosis) -> None:
+        """The terminal report has the advice already; the other formats leave it out."""
+        if diagnosis.script_exit or ("rich", None) in self._options.destinations:
+            return
+        from divergence_probe.report.wording import UNOBSERVED_ADVICE
+
+        self._say("probe: no inner loop was seen.\n" + "\n".join(UNOBSERVED_ADVICE))
+
+    def _stream(self) -> TextIO:
+        """The stderr of before the script, which may have closed or replaced it."""
+        if self._stderr is not None and not self._stderr.closed:
+            return self._stderr
+        try:
+            return open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        except OSError:
+            return io.StringIO()
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=self._stream(), flush=True)
+
+
+def _label(folder: Path) -> str:
+    """The folder as a person in the present working directory would type it."""
+    try:
+        return str(folder.relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)

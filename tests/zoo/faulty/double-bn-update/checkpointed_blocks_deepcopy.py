@@ -1,0 +1,51 @@
+"""Reptile-like fine-tuning of copies; the conv blocks are checkpointed to save memory."""
+import copy
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+
+class Block(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 3, padding=1)
+        self.bn = nn.BatchNorm2d(cout)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(1, 8), Block(8, 8)])
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = checkpoint(b, x, use_reentrant=False)
+        return self.fc(x.mean((2, 3)))
+
+
+net = Net()
+loss_fn = nn.CrossEntropyLoss()
+for it in range(8):
+    protos = torch.randn(3, 1, 6, 6) + torch.arange(3.0).view(3, 1, 1, 1)
+    y = torch.arange(3).repeat(8)
+    x = protos[y] + 0.3 * torch.randn(24, 1, 6, 6)
+    learner = copy.deepcopy(net)
+    opt = torch.optim.SGD(learner.parameters(), lr=0.1)
+    for step in range(4):
+        opt.zero_grad()
+        loss = loss_fn(learner(x[:12]), y[:12])
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        query = loss_fn(learner(x[12:]), y[12:])
+        for p, q in zip(net.parameters(), learner.parameters()):
+            p.add_(0.2 * (q - p))
+    print(f"task {it} support {loss.item():.3f} query {query.item():.3f} batches {int(learner.blocks[0].bn.num_batches_tracked)}")
