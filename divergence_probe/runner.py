@@ -23,11 +23,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 INTERRUPTED = 130  # what a shell shows for a process that died by SIGINT
 PYC_HEADER = 16  # bytes before the code in a .pyc file
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_DEMO = os.path.join(_PACKAGE, "demo") + os.sep  # scripts like a user's
 FLUSH_FAILED = 120  # what python exits with when its last output could not be written
 
 
@@ -237,11 +239,36 @@ def _ended_by(execute: Callable[[], None]) -> BaseException | None:
 
 
 def _without_own_frames(error: BaseException) -> BaseException:
-    """Drop our frames from the top of the traceback; nothing else in the chain can hold any."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals is globals():
-        frames = frames.tb_next
-    return error.with_traceback(frames)
+    """Drop the probe's frames from the traceback, and from those of what led to it.
+
+    They stand at its top, and in between where the probe watches a call of the script's.
+    """
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            link.__traceback__ = _foreign_frames(link.__traceback__)
+            chain += [link.__cause__, link.__context__]
+    return error
+
+
+def _foreign_frames(traceback: TracebackType | None) -> TracebackType | None:
+    kept: TracebackType | None = None
+    frames = []
+    while traceback is not None:
+        if not _is_own(traceback.tb_frame.f_code.co_filename):
+            frames.append(traceback)
+        traceback = traceback.tb_next
+    for frame in reversed(frames):
+        frame.tb_next = kept
+        kept = frame
+    return kept
+
+
+def _is_own(filename: str) -> bool:
+    return filename.startswith(_PACKAGE) and not filename.startswith(_DEMO)
 
 
 def _conclude(error: BaseException, show: Callable[[BaseException], None] | None) -> int:

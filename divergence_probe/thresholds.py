@@ -63,6 +63,33 @@ CATALOGUE: tuple[Threshold, ...] = (
         "The stability limit of gradient descent on a quadratic (Nesterov 2018, section 1.2.3).",
     ),
     Threshold(
+        "ineffective-update",
+        2e-5,
+        "largest update of any layer in a step, as a fraction of its norm",
+        "A hundred steps of it move a layer by 0.2 %; smdebug flags below 1e-8 a step for training "
+        "that has a million steps, an inner loop has ten.",
+    ),
+    Threshold(
+        "effective-gradient",
+        0.05,
+        "sum of |gradient| |weight| over layers as a fraction of the loss",
+        "What changing the weights by 100 % could change of the loss, to first order; a converged "
+        "support loss has none left.",
+    ),
+    Threshold(
+        "meta-gradient-growth",
+        1e3,
+        "norm of the meta-gradient over the largest query or inner gradient of its tasks",
+        "The unroll's Jacobians multiply: contracting inner loops give a factor below the number "
+        "of steps.",
+    ),
+    Threshold(
+        "clipped-share",
+        0.95,
+        "fraction of the steps at which clipping was active",
+        "Clipping that is always active sets the step length itself (facebookresearch/higher#18).",
+    ),
+    Threshold(
         "statistics-distance",
         1.0,
         "RMS over channels of |running - batch mean| in batch standard deviations",

@@ -10,7 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import divergence_probe
+
+ROOT = Path(divergence_probe.__file__).parents[1]
 
 #: Two tasks of three inner steps; the learning rate decides whether they diverge.
 LOOP = """
@@ -47,7 +49,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The process's environment without what decides on colours, the tree importable."""
+    """The process's environment without what decides on colours, the package importable."""
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH", "")]))
     return kept | {"PYTHONPATH": path, **extra}

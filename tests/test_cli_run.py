@@ -8,13 +8,15 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from command_line import command, environment, probe, strict_json, write_script
 
 from divergence_probe.cli import main
+
+from .command_line import command, environment, probe, strict_json, write_script
 
 FORMATS = ("concise", "json", "html", "junit", "sarif", "github", "markdown")
 
@@ -300,3 +302,31 @@ def test_usage_errors_come_before_the_script(
     assert re.search(message, captured.err), captured.err
     assert "Traceback" not in captured.err
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_frame_of_ours_stands_in_the_scripts_traceback(tmp_path: Path) -> None:
+    write_script(
+        tmp_path,
+        """
+        from higher import innerloop_ctx
+        net = torch.nn.Linear(2, 1)
+        inner = torch.optim.SGD(net.parameters(), lr=0.1)
+        with innerloop_ctx(net, inner) as (fast, steps):
+            steps.step(fast(torch.ones(3, 2)).mean())
+            try:
+                steps.step(torch.ones(1))  # no graph
+            except RuntimeError as error:
+                raise ValueError("mine") from error
+        """,
+    )
+    plain = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    ended = probe(tmp_path, "run", "-o", "rec", "train.py")
+    assert plain.stderr.count("Traceback") == 2
+    assert ended.returncode == plain.returncode == 1
+    assert ended.stderr.startswith(plain.stderr)

@@ -123,7 +123,9 @@ def _explains(finding: Finding) -> int:
 
 def _summary(finding: Finding) -> str:
     text = finding.message
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    if text.split()[0] not in finding.layers:  # a layer's name is written as the user wrote it
+        text = text[:1].upper() + text[1:]
+    return text + ("" if text.endswith(".") else ".")
 
 
 def _marks(findings: Sequence[Finding]) -> tuple[Mark, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +12,46 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.utils._pytree import tree_leaves
 
+from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.tensors import leaves
+
+
+class Taken:
+    """Gradients a library took inside its own step, by the identity of their tensors."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def note(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """One gradient call; of two of the same tensor the later one counts."""
+        for tensor, gradient in zip(inputs, gradients, strict=False):
+            self._gradients[id(tensor)] = (tensor, gradient)
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The gradient with respect to ``tensor``, or None."""
+        entry = self._gradients.get(id(tensor))
+        return entry[1] if entry is not None and entry[0] is tensor else None
+
+
+class _Tap(threading.local):
+    taken: Taken | None = None
+
+
+_TAP = _Tap()
+
+
+@contextmanager
+def library_step(guard: Guard) -> Iterator[Taken]:
+    """Inside a library's own step: what it calls is its own, and its gradients are handed out."""
+    outer, _TAP.taken = _TAP.taken, Taken()
+    try:
+        with guard.gradient_call():
+            yield _TAP.taken
+    finally:
+        _TAP.taken = outer
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -44,7 +82,7 @@ class _Gradients:
 
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._passes():
-                return original(outputs, inputs, *args, **kwargs)
+                return self._tapped(original, outputs, inputs, *args, **kwargs)
             with self._guard.work():
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
@@ -59,6 +97,20 @@ class _Gradients:
             return result
 
         return grad
+
+    def _tapped(
+        self, original: Callable[..., Any], outputs: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run a library's own call, and hand its gradients to whoever watches its step."""
+        taken = _TAP.taken
+        if taken is None:
+            return original(outputs, inputs, *args, **kwargs)
+        if not isinstance(inputs, Tensor | dict | list | tuple):
+            inputs = list(inputs)  # an iterator can be read only once
+        result = original(outputs, inputs, *args, **kwargs)
+        if not isinstance(inputs, dict):
+            taken.note([inputs] if isinstance(inputs, Tensor) else inputs, result)
+        return result
 
     def backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.autograd.backward``."""
@@ -177,8 +229,6 @@ def _first_tensor(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Tensor):
         return outputs
     return next((output for output in outputs if isinstance(output, Tensor)), None)
-
-
 
 
 def _tensors(tree: Any) -> list[Tensor]:

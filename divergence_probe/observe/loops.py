@@ -338,7 +338,8 @@ class Loops:
         matched = models.match(plain) or models.search_by_value(plain)
         if matched is not None:
             return matched
-        return models.nameless(plain, [""] * len(plain)), list(range(len(plain)))
+        bases = [physical(origin)[0] for origin in origins]  # what an outer step would move
+        return models.nameless(bases, [""] * len(bases)), list(range(len(bases)))
 
     def _origin(self, tensor: Tensor) -> Tensor:
         models = self._session.models

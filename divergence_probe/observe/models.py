@@ -123,6 +123,8 @@ class Models:
             )
             known = KnownModel(None, self._layout("", infos), tensors)
             self._by_shape[key] = known
+        if any(reference() is None for reference in known.parameters):
+            known.parameters = [weakref.ref(tensor) for tensor in tensors]
         return known
 
     def find(self, tensor: Tensor) -> tuple[KnownModel, int] | None:

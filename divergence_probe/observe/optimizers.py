@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +27,43 @@ from divergence_probe.observe.session import Session, Task
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
     """Watch every ``torch.optim`` step, and deep copies of parameters."""
-    watch = Optimizers(session, loops)
+    watch = _WATCHES[session] = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
     patches.set_attribute(nn.Parameter, "__deepcopy__", watch.deepcopy)
+
+
+_WATCHES: weakref.WeakKeyDictionary[Session, Optimizers] = weakref.WeakKeyDictionary()
+
+
+def watching(session: Session) -> Optimizers:
+    """What watches optimizers for ``session``, for those that torch's hooks do not reach."""
+    return _WATCHES[session]
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What is said of an optimizer at a step.
+
+    Attributes:
+        name: its class.
+        learning_rate: the largest over its parameter groups, None unknown.
+        carried_steps: the largest step count in its state; above 0 it was used before.
+        carries_state: whether any moment or momentum buffer exists already.
+    """
+
+    name: str
+    learning_rate: float | Tensor | None
+    carried_steps: float
+    carries_state: bool
 
 
 @dataclass
 class _Step:
     """An optimizer step in progress."""
 
-    optimizer: Optimizer
+    optimizer: Any
+    facts: OptimizerFacts
     parameters: list[Tensor]
     before: list[Tensor]
     gradients: list[Tensor | None]
@@ -46,8 +73,6 @@ class _Step:
     positions: list[int]
     outer: bool
     base: KnownModel | None
-    carried_steps: float
-    carries_state: bool
 
 
 class _Thread(threading.local):
@@ -81,30 +106,47 @@ class Optimizers:
         return __deepcopy__
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Keep what the step is about to overwrite."""
-        guard = self._session.guard
-        if not guard.watching or guard.state.gradient:
+        """torch's hook: a step of ``torch.optim`` begins."""
+        if self._passes():
             return
-        with guard.work():
-            self._thread.step = self._begin(optimizer)
-        guard.state.gradient += 1  # a closure's gradients are the step's own
+        with self._session.guard.work():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.begin(optimizer, _facts(optimizer), parameters)
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The step is complete."""
+        """torch's hook: the step is complete."""
+        self.end(optimizer)
+
+    def _passes(self) -> bool:
         guard = self._session.guard
+        return not guard.watching or bool(guard.state.gradient)
+
+    def begin(self, optimizer: Any, facts: OptimizerFacts, parameters: Sequence[Tensor]) -> None:
+        """Any optimizer is about to step in place: keep what it is about to overwrite."""
+        self._thread.step = self._begin(optimizer, facts, list(parameters))
+        self._session.guard.state.gradient += 1  # a closure's gradients are the step's own
+
+    def end(self, optimizer: Any) -> None:
+        """The step that began last is complete."""
         step, self._thread.step = self._thread.step, None
         if step is None or step.optimizer is not optimizer:
             return
+        guard = self._session.guard
         guard.state.gradient -= 1
         with guard.work():
             self._end(step)
 
-    def _begin(self, optimizer: Optimizer) -> _Step:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
         base, positions = self._copied_from(parameters)
+        moved = self._base_among(parameters) if base is None else None
         if base is not None:
             known, outer = base, False
+        elif moved is not None:
+            known, places = moved
+            outer = True
+            parameters = [parameters[index] for index in places]
+            positions = list(places.values())
         else:
             known, positions = self._loops.name(parameters, parameters)
             outer = known in self._session.bases
@@ -112,6 +154,7 @@ class Optimizers:
             self._session.name_forwards(pending.forwards, known, None)
         return _Step(
             optimizer,
+            facts,
             parameters,
             [p.detach().clone() for p in parameters],
             [p.grad.detach().clone() if p.grad is not None else None for p in parameters],
@@ -121,9 +164,21 @@ class Optimizers:
             positions,
             outer,
             base,
-            _largest_step(optimizer),
-            _has_state(optimizer),
         )
+
+    def _base_among(self, parameters: list[Tensor]) -> tuple[KnownModel, dict[int, int]] | None:
+        """The base an optimizer moves, though it may move other things (learned rates) with it.
+
+        Returns:
+            The base and, for each index into ``parameters`` that is the base's, its position there.
+        """
+        best: tuple[KnownModel, dict[int, int]] | None = None
+        for known in self._session.bases:
+            own = {id(t): i for i, r in enumerate(known.parameters) if (t := r()) is not None}
+            places = {i: own[id(p)] for i, p in enumerate(parameters) if id(p) in own}
+            if places and (best is None or len(places) > len(best[1])):
+                best = known, places
+        return best
 
     def _consumed(self, parameters: list[Tensor]) -> Pending | None:
         """The pending backward this optimizer acts on, if it is its own."""
@@ -141,15 +196,15 @@ class Optimizers:
         after = [p.detach().clone() for p in step.parameters]
         width = len(step.known.layout.parameters)
         columns = [spread(values, step.positions, width) for values in (step.before, after, step.gradients)]
-        if step.outer and not self._declared_inner(step.optimizer):
+        if step.outer and not self._declared_inner(step):
             self._loops.settle()
             if step.pending is not None:
                 self._loops.not_a_step(step.pending)
             self._loops.end_task()
             self._nesting.outer_step()
             self._session.outer_step(
-                step.known, *columns, learning_rate=_largest_rate(step.optimizer),
-                site=step.site, optimizer=type(step.optimizer).__name__,
+                step.known, *columns, learning_rate=step.facts.learning_rate,
+                site=step.site, optimizer=step.facts.name,
             )
             return
         task = self._task(step)
@@ -161,7 +216,7 @@ class Optimizers:
             task,
             *columns,
             loss=pending.loss if pending is not None else None,
-            learning_rate=_largest_rate(step.optimizer),
+            learning_rate=step.facts.learning_rate,
             site=step.site,
             forwards=pending.forwards if pending is not None else Forwards(),
             flags=flags,
@@ -200,7 +255,7 @@ class Optimizers:
         for task in [t for t in self._tasks.values() if t.known is step.known and not t.ended]:
             self._finish(task)
         base = step.base
-        declared = self._declared_inner(step.optimizer)
+        declared = self._declared_inner(step)
         confirmed = declared or self._copied_before(base)
         task = self._session.start_task(
             step.known,
@@ -208,10 +263,10 @@ class Optimizers:
             step.site,
             base=base,
             provisional=not confirmed,
-            optimizer=type(step.optimizer).__name__,
+            optimizer=step.facts.name,
             in_place=True,
-            carried_steps=step.carried_steps,
-            carried_state=step.carries_state,
+            carried_steps=step.facts.carried_steps,
+            carried_state=step.facts.carries_state,
             copied=base is not None,
         )
         task.positions, task.in_place = step.positions, True
@@ -254,9 +309,9 @@ class Optimizers:
             self._session.confirm(task)
         return bool(earlier)
 
-    def _declared_inner(self, optimizer: Optimizer) -> bool:
+    def _declared_inner(self, step: _Step) -> bool:
         return any(
-            declared is optimizer or declared in (type(optimizer), type(optimizer).__name__)
+            declared is step.optimizer or declared in (type(step.optimizer), step.facts.name)
             for declared in self._session.inner
         )
 
@@ -275,22 +330,16 @@ class Optimizers:
                 self._finish(task)
 
 
-def _largest_rate(optimizer: Optimizer) -> float | None:
+def _facts(optimizer: Optimizer) -> OptimizerFacts:
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    return max((float(rate) for rate in rates), default=None)
-
-
-def _largest_step(optimizer: Optimizer) -> float:
     steps = (s["step"] for s in optimizer.state.values() if "step" in s)
-    return max((float(step) for step in steps), default=0.0)
-
-
-def _has_state(optimizer: Optimizer) -> bool:
-    """Whether any moment or momentum buffer exists already."""
-    return any(
-        isinstance(value, Tensor) and value.numel() > 1
-        for state in optimizer.state.values()
-        for value in state.values()
+    return OptimizerFacts(
+        type(optimizer).__name__,
+        max((float(rate) for rate in rates), default=None),
+        max((float(step) for step in steps), default=0.0),
+        any(
+            isinstance(value, Tensor) and value.numel() > 1
+            for state in optimizer.state.values()
+            for value in state.values()
+        ),
     )
-
-

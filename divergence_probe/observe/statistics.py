@@ -185,6 +185,8 @@ def _parameter_columns(rows: Sequence[Row], width: int) -> dict[str, Array]:
             [t for row in plain for t in row.gradients],
         )
         table = norms([t for kind in kinds for t in kind]).reshape(4, len(plain), width)
+        rates = _step_rates(kinds[2], kinds[3], table[3].reshape(-1)).reshape(1, -1, width)
+        table = np.concatenate((table, rates))
         measured = {id(row): table[:, i] for i, row in enumerate(plain)}
     for row in rows:
         numbers = measured.get(id(row))
@@ -198,9 +200,28 @@ def _parameter_columns(rows: Sequence[Row], width: int) -> dict[str, Array]:
 
 
 def _vmapped(row: Row) -> Array:
-    """``[4, width, P]`` norms of a row that stands for ``width`` tasks."""
+    """``[5, width, P]`` columns of a row that stands for ``width`` tasks."""
     kinds = (row.before, row.after, _differences(row), row.gradients)
-    return np.stack([norms(kind, row.width).T for kind in kinds])
+    table = [norms(kind, row.width).T for kind in kinds]
+    return np.stack([*table, np.full_like(table[0], np.nan)])
+
+
+def _step_rates(
+    updates: Sequence[Tensor | None], gradients: Sequence[Tensor | None], sizes: Array
+) -> Array:
+    """``[len(updates)]``: minus update . gradient over the gradient's squared norm."""
+    result = np.full(len(updates), np.nan)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (update, gradient) in enumerate(zip(updates, gradients, strict=True)):
+        if update is not None and gradient is not None and not gradient.is_sparse:
+            groups.setdefault((update.shape, update.dtype, update.device), []).append(i)
+    for members in groups.values():
+        u = torch.stack([updates[i] for i in members])  # type: ignore[misc]
+        g = torch.stack([gradients[i].to(u.dtype) for i in members])  # type: ignore[union-attr]
+        products = _rows((u * g).reshape(len(members), -1).sum(1, dtype=torch.float32))
+        with np.errstate(all="ignore"):
+            result[members] = np.where(sizes[members] > 0, -products / sizes[members] ** 2, np.nan)
+    return result
 
 
 def _differences(row: Row) -> list[Tensor | None]:
@@ -315,6 +336,8 @@ def _fill_layer(
         )
         if not np.isnan(seen):
             columns["bn_batches"][row, layer] = seen
+        if call.buffers:
+            columns["bn_shared"][row, layer] = float(call.shared)
     measured = [(row, call) for row, call in members if call.before is not None]
     for width in {call.before.shape for _, call in measured if call.before is not None}:
         same = [(r, c) for r, c in measured if c.before is not None and c.before.shape == width]

@@ -45,6 +45,7 @@ PARAMETER_COLUMNS: dict[str, str] = {
     "norm_after": "Frobenius norm after the step",
     "update_norm": "Frobenius norm of after - before",
     "gradient_norm": "Frobenius norm of the gradient that was applied; -1 where there was none",
+    "step_rate": "-(update . gradient) / |gradient|^2: the learning rate of plain descent; nan unknown",
 }
 
 #: One number a normalisation layer a row; -1 (or nan for distances) where it was not called.
@@ -63,6 +64,7 @@ BATCH_NORM_COLUMNS: dict[str, str] = {
     "bn_running_var_after": "the same after",
     "bn_input_finite": "1 where the layer's batch statistics were finite, 0 not, -1 unknown",
     "bn_untrained": "1 where the running statistics are still exactly mean 0, variance 1",
+    "bn_shared": "1 where the buffers are the base model's own, 0 where they are copies, -1 none",
 }
 
 #: Meanings of the bits in ``flags``.
@@ -74,6 +76,9 @@ FLAGS = {
     "clipped": 16,
     "accumulated": 32,
     "skipped": 64,
+    "clippable": 128,
+    "discarded": 256,
+    "low_precision": 512,
 }
 
 Array = npt.NDArray[np.float64]

@@ -25,6 +25,7 @@ class TaskFacts:
         data: of its ``task-start`` event.
         site: where it began, or None.
         start_norms: ``[P]`` norms before its first step, or None before one was seen.
+        references: ``[P]`` the norms growth is measured against.
         first_loss: its first support loss; nan unknown.
         last_loss: its latest support loss; nan unknown.
         modes: effective modes seen by (phase, layer).
@@ -36,6 +37,7 @@ class TaskFacts:
     data: dict[str, Any] = field(default_factory=dict)
     site: str | None = None
     start_norms: Array | None = None
+    references: Array | None = None
     first_loss: float = float("nan")
     last_loss: float = float("nan")
     modes: dict[tuple[int, str], float] = field(default_factory=dict)

@@ -88,19 +88,21 @@ class Engine:
             for index in indices
             if index >= 0
         }
-        start = self._histories(block, facts)
+        start, growth = self._histories(block, facts)
         return Frame(
             block,
             facts,
             start,
-            self._growth(block, start),
+            growth,
             np.asarray([_first_loss(facts, task) for task in block.scalars["task"]]),
         )
 
-    def _histories(self, block: Block, facts: dict[int, TaskFacts]) -> Array:
-        """Fill in start norms and losses; ``[S, P]`` start norms by row."""
+    def _histories(self, block: Block, facts: dict[int, TaskFacts]) -> tuple[Array, Array]:
+        """Fill in start norms and losses; ``[S, P]`` start norms and growth by row."""
         before = missing_to_nan(block.parameters["norm_before"])
+        after = missing_to_nan(block.parameters["norm_after"])
         start = np.full_like(before, np.nan)
+        growth = np.full_like(before, np.nan)
         tasks, losses = block.scalars["task"], block.scalars["loss"]
         support = block.scalars["phase"] == SUPPORT
         seen = block.scalars["loss_seen"] > 0
@@ -110,6 +112,7 @@ class Engine:
             if len(steps):
                 if task.start_norms is None:
                     task.start_norms = before[steps[0]]
+                    task.references = self._references(before[steps[0]], after[steps[0]])
                 with_loss = steps[seen[steps]]
                 if len(with_loss):
                     if np.isnan(task.first_loss):
@@ -117,14 +120,19 @@ class Engine:
                     task.last_loss = float(losses[with_loss[-1]])
             if task.start_norms is not None and len(task.start_norms) == start.shape[1]:
                 start[rows] = task.start_norms
-        return start
+                with np.errstate(all="ignore"):
+                    growth[rows] = after[rows] / task.references
+        return start, growth
 
-    def _growth(self, block: Block, start: Array) -> Array:
-        after = missing_to_nan(block.parameters["norm_after"])
-        with np.errstate(all="ignore"):
-            whole = np.sqrt(np.nansum(start**2, axis=1, keepdims=True))
-            floor = self.thresholds["small-parameter"] * whole
-            return np.asarray(after / np.fmax(np.fmax(start, floor), 1e-12))
+    def _references(self, start: Array, first: Array) -> Array:
+        """``[P]`` the norms growth is measured against.
+
+        A parameter's own norm when the task began; for small ones (zero-initialised heads, biases)
+        the larger of a fraction of the whole model's norm and what the first step made of them.
+        """
+        floor = self.thresholds["small-parameter"] * np.sqrt(np.nansum(start**2))
+        own = np.fmax(start, np.fmax(floor, np.where(np.isfinite(first), first, 0.0)))
+        return np.fmax(np.where(start >= max(floor, 1e-12), start, own), 1e-12)
 
     def _forget(self, block: Block) -> None:
         """Tasks that ended are not needed any more; a recording may hold a million."""

@@ -1,0 +1,304 @@
+"""How BatchNorm statistics flow between tasks, modes and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.thresholds import Thresholds
+
+
+class RunningStatisticsLeak(Rule):
+    """Adapting to one task changes the base model's BatchNorm statistics for the next.
+
+    ## What it does
+    Follows each layer's running statistics from task to task: where a task's support forwards moved
+    buffers that are the base model's own, and the next task starts from the moved ones although the
+    weights start over, statistics leak.
+
+    ## Why it is bad
+    Tasks are no longer independent, and test data ends up in the model that is tested.
+
+    ## Example
+    ```python
+    functional_call(net, fast, (x,))                    # moves net's own buffers
+    ```
+
+    ## Use instead
+    ```python
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    functional_call(net, (fast, buffers), (x,))
+    ```
+
+    ## References
+    pytorch/pytorch#77133; learn2learn's clone_module shares buffers, higher clones them.
+    """
+
+    code = "BN003"
+    name = "running-stats-leak"
+    severity = Severity.WARNING
+    cause = "running-stats-leak"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
+        self._weights: dict[object, tuple[int, np.ndarray, np.ndarray]] = {}  # type: ignore[type-arg]
+        self._carried: dict[tuple[object, int], bool] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task that starts from statistics another task moved."""
+        norm = frame.block.batch_norm
+        shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
+        self._note_weights(frame)
+        for row in np.flatnonzero(shared.any(1) & frame.support):
+            task = int(frame.task[row])
+            for column in np.flatnonzero(shared[row]):
+                yield from self._layer(frame, int(row), int(column), task)
+
+    def _note_weights(self, frame: Frame) -> None:
+        """Whether each task's weights go on from the task before (then its statistics may too)."""
+        layout = (frame.block.rank, frame.block.layout.index)
+        before = frame.block.parameters["norm_before"]
+        after = frame.block.parameters["norm_after"]
+        for row in np.flatnonzero(frame.support):
+            task = int(frame.task[row])
+            known = self._weights.get(layout)
+            if known is None or known[0] != task:
+                carried = known is not None and bool(
+                    np.allclose(known[2], before[row], rtol=1e-6, atol=0, equal_nan=True)
+                )
+                self._carried[layout, task] = carried
+                self._weights[layout] = (task, before[row], after[row])
+            else:
+                self._weights[layout] = (task, known[1], after[row])
+
+    def _layer(self, frame: Frame, row: int, column: int, task: int) -> Iterator[Finding]:
+        layer = frame.normalization(column)
+        layout = (frame.block.rank, frame.block.layout.index)
+        norm = frame.block.batch_norm
+        start = float(norm["bn_running_mean_before"][row, column])
+        end = float(norm["bn_running_mean_after"][row, column])
+        previous = self._moved.get((layout, layer))
+        if previous is not None and previous[0] != task:
+            if previous[1] == start and not self._carried.get((layout, task), False):
+                yield previous[2]
+            previous = None
+        if start != end:
+            finding = previous[2] if previous is not None else self._describe(frame, row, column)
+            self._moved[layout, layer] = (task, end, finding)
+
+    def _describe(self, frame: Frame, row: int, column: int) -> Finding:
+        drift = float(frame.block.batch_norm["bn_drift"][row, column])
+        layer = frame.normalization(column)
+        return self.at(
+            frame,
+            row,
+            f"{layer}: adapting to this task moves the base model's running statistics "
+            f"({drift:.2g} σ a forward), and the next task starts from them",
+            "this forward moves the base model's BatchNorm buffers",
+            layer=layer,
+            layers=(layer,),
+            evidence={"drift": drift},
+            fix="buffers = {name: b.clone() for name, b in net.named_buffers()}  # a copy for each "
+            "task",
+        )
+
+
+class TransductiveStatistics(Rule):
+    """Predictions at meta-test use the query batch's own statistics.
+
+    ## What it does
+    Notes BatchNorm in train mode in the query forward of a task no outer step follows, and says
+    whether statistics pass from task to task.
+
+    ## Why it is bad
+    It may be meant: the reference MAML does it. But a prediction then depends on the other samples
+    of its batch, and accuracies are not comparable with inductive ones.
+
+    ## Example
+    ```python
+    net.train(); accuracy(fnet(x_query), y_query)
+    ```
+
+    ## Use instead
+    Report it as transductive, or normalise the query with the support set's statistics.
+
+    ## References
+    facebookresearch/higher#107; Bronskill et al., TaskNorm, 2020.
+    """
+
+    code = "BN005"
+    name = "transductive-batch-statistics"
+    severity = Severity.INFO
+    cause = "transductive-batch-statistics"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._waiting: dict[int, Finding] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """Remember transductive queries; an outer step makes them training."""
+        norm = frame.block.batch_norm
+        tracked = norm["bn_shared"] >= 0
+        hit = (norm["bn_training"] >= 1) & tracked & frame.query[:, None]
+        for row in range(len(frame.block)):
+            if frame.outer[row]:
+                self._waiting.clear()
+            elif hit[row].any() and int(frame.task[row]) not in self._waiting:
+                self._waiting[int(frame.task[row])] = self._describe(frame, row, hit)
+        return iter(())
+
+    def _describe(self, frame: Frame, row: int, hit: np.ndarray) -> Finding:  # type: ignore[type-arg]
+        columns = np.flatnonzero(hit[row])
+        layers = tuple(frame.normalization(int(c)) for c in columns)
+        shared = bool((frame.block.batch_norm["bn_shared"][row, columns] == 1).any())
+        passing = "pass on to the next task" if shared else "do not pass from task to task"
+        return self.at(
+            frame,
+            row,
+            f"{layers[0]} normalises the query with the query batch's own statistics; running "
+            f"statistics {passing}",
+            "query predicted in train mode",
+            layer=layers[0],
+            layers=layers,
+            evidence={"statistics_pass_between_tasks": float(shared)},
+        )
+
+    def finish(self) -> Iterator[Finding]:
+        """What no outer step followed was evaluation."""
+        yield from self._waiting.values()
+
+
+class DoubleUpdate(Rule):
+    """Running statistics move twice for one forward.
+
+    ## What it does
+    Notices a BatchNorm layer in train mode that runs inside a backward: activation checkpointing
+    runs the forward again there, and the statistics move again.
+
+    ## Why it is bad
+    The effective momentum doubles, and the second move sees weights of another moment.
+
+    ## Example
+    ```python
+    h = checkpoint(self.block, x, use_reentrant=False)     # block holds a BatchNorm
+    ```
+
+    ## Use instead
+    Keep BatchNorm out of the checkpointed region, or use GroupNorm in it.
+
+    ## References
+    pytorch/pytorch#62471.
+    """
+
+    code = "BN006"
+    name = "running-stats-move-twice"
+    severity = Severity.WARNING
+    cause = "double-bn-update"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a layer and task."""
+        for event in frame.events("recomputed"):
+            layer = event.data.get("layer")
+            yield self.finding(
+                f"{layer or 'a BatchNorm layer'} runs again inside the backward: its running "
+                "statistics move twice a forward",
+                task=event.task if event.task >= 0 else None,
+                layer=layer,
+                layers=(layer,) if layer else (),
+                marks=(Mark(event.site, "recomputes a forward with BatchNorm"),)
+                if event.site
+                else (),
+                fix="Leave BatchNorm out of the checkpointed block, or use nn.GroupNorm in it.",
+            )
+
+
+class ModeNotPropagated(Rule):
+    """A mode was switched on the base model while the fast model kept its own.
+
+    ## What it does
+    Notes ``.train()`` or ``.eval()`` on the base model after a task has begun, and a layer of the
+    fast model that runs in the other mode afterwards.
+
+    ## Why it is bad
+    ``fnet.training`` is a copy: the switch does not reach it, and nothing says so.
+
+    ## Example
+    ```python
+    with higher.innerloop_ctx(net, opt) as (fnet, diffopt):
+        net.eval()                 # fnet stays in train mode
+        fnet(x_query)
+    ```
+
+    ## Use instead
+    ```python
+        fnet.eval()
+    ```
+
+    ## References
+    learnables/learn2learn#396.
+    """
+
+    code = "MODE002"
+    name = "mode-not-propagated"
+    severity = Severity.WARNING
+    cause = "mode-not-propagated"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._switched: dict[int, tuple[float, float, str | None]] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task whose layers ran in the mode that was switched off."""
+        for event in frame.events("mode"):
+            if event.task < 0:
+                continue
+            if event.data.get("target") == "fast":
+                self._switched.pop(event.task, None)
+            elif event.data.get("mode") != event.data.get("was"):
+                mode = 1.0 if event.data.get("mode") == "train" else 0.0
+                self._switched[event.task] = (mode, event.seconds, event.site)
+        seconds = frame.block.scalars["seconds"]
+        modes = (
+            (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
+            (frame.block.layout.dropouts, frame.block.dropout),
+        )
+        for row in range(len(frame.block)):
+            switched = self._switched.get(int(frame.task[row]))
+            if switched is None or seconds[row] < switched[1]:
+                continue
+            for names, values in modes:
+                kept = np.flatnonzero((values[row] >= 0) & (values[row] != switched[0]))
+                if len(kept):
+                    layers = tuple(names[int(c)] for c in kept)
+                    yield self._describe(frame, row, layers, *switched)
+                    self._switched.pop(int(frame.task[row]), None)
+                    break
+
+    def _describe(
+        self, frame: Frame, row: int, layers: tuple[str, ...], mode: float, _: float, site: str | None
+    ) -> Finding:
+        word, other = ("train", "eval") if mode else ("eval", "train")
+        finding = self.at(
+            frame,
+            row,
+            f".{word}() was called on the base model during the task; {layers[0]} of the fast "
+            f"model still runs in {other} mode",
+            f"the fast model still runs in {other} mode here",
+            layer=layers[0],
+            layers=layers,
+            evidence={"called": word, "runs_in": other},
+            fix=f"fnet.{word}()   # on the fast model itself",
+        )
+        marks = (Mark(site, f".{word}() reaches the base only"),) if site else ()
+        return self.finding(
+            finding.message,
+            **{
+                name: getattr(finding, name)
+                for name in ("task", "step", "phase", "layer", "layers", "evidence", "fix", "rank")
+            },
+            marks=(*marks, *finding.marks),
+        )

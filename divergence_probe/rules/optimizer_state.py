@@ -1,0 +1,286 @@
+"""What one task leaves behind for the next: optimizer state, gradients, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from divergence_probe.record.schema import FLAGS, Array
+from divergence_probe.rules.base import Frame, Rule, missing_to_nan
+from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.thresholds import Thresholds
+
+
+class OptimizerStateCarriedOver(Rule):
+    """Moments or momentum of one task enter the next task's inner loop.
+
+    ## What it does
+    Looks at the inner optimizer's state when a task begins: a step count or a moment buffer that is
+    there already belongs to another task.
+
+    ## Why it is bad
+    The first steps of a task go where the task before was heading. Weights are reset between tasks,
+    the optimizer is not: one half of the reset is missing.
+
+    ## Example
+    ```python
+    inner = torch.optim.Adam(net.parameters())      # used for every task, and stepped before
+    ```
+
+    ## Use instead
+    ```python
+    for task in tasks:
+        inner = torch.optim.Adam(learner.parameters())
+    ```
+
+    ## References
+    facebookresearch/higher#93.
+    """
+
+    code = "OPT001"
+    name = "optimizer-state-carryover"
+    severity = Severity.WARNING
+    cause = "optimizer-state-carryover"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task that begins with a used optimizer."""
+        for event in frame.events("task-start"):
+            if not event.data.get("carried_state") or event.data.get("continues"):
+                continue
+            steps = float(event.data.get("carried_steps", 0) or 0)
+            name = str(event.data.get("optimizer", "optimizer"))
+            since = f" after {steps:.0f} steps" if steps else ""
+            yield self.finding(
+                f"task {event.task} begins with a used {name}{since}: its moments come from "
+                "another task",
+                task=event.task,
+                step=0,
+                phase="support",
+                evidence={"steps": steps, "optimizer": name},
+                marks=(Mark(event.site, f"{name} carries state into this task"),)
+                if event.site
+                else (),
+                fix="Create the inner optimizer anew for every task.",
+            )
+
+
+class GradientCarriedOver(Rule):
+    """A gradient from an earlier step or task is still there and is added to this one's.
+
+    ## What it does
+    Looks at ``.grad`` just before the backward of an inner step.
+
+    ## Why it is bad
+    Every step applies the sum of all gradients so far: the effective learning rate grows, and tasks
+    leak into each other.
+
+    ## Example
+    ```python
+    for _ in range(steps):
+        loss(learner(x), y).backward()
+        inner.step()
+    ```
+
+    ## Use instead
+    ```python
+    for _ in range(steps):
+        inner.zero_grad()
+        loss(learner(x), y).backward()
+        inner.step()
+    ```
+
+    ## References
+    learnables/learn2learn#388.
+    """
+
+    code = "OPT002"
+    name = "gradient-carried-over"
+    severity = Severity.ERROR
+    cause = "gradient-accumulation"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task, at the first step that adds to an old gradient."""
+        carried = frame.block.scalars["carried_gradient"]
+        for row in frame.first_rows(frame.support & (carried > 0)):
+            yield self.at(
+                frame,
+                row,
+                f"step {int(frame.step[row])} adds its gradient to one of norm "
+                f"{carried[row]:.3g} that was already there",
+                "the gradient before this step was not cleared",
+                evidence={"carried_gradient_norm": float(carried[row])},
+                fix="inner.zero_grad()   # before every backward of the inner loop",
+            )
+
+
+class HardClipping(Rule):
+    """Gradient clipping is always active.
+
+    ## What it does
+    Counts how often a clip changed a gradient. Clipping that never lets one through sets the step
+    length itself.
+
+    ## Why it is bad
+    The gradient's size no longer matters, and where the clip saturates the derivative through it is
+    zero: parts of the meta-gradient vanish.
+
+    ## Example
+    ```python
+    clip_grad_norm_(learner.parameters(), max_norm=0.01)
+    ```
+
+    ## Use instead
+    ```python
+    clip_grad_norm_(learner.parameters(), max_norm=10.0)   # for the rare spike
+    ```
+
+    ## References
+    facebookresearch/higher#18, #50; Pascanu et al., On the difficulty of training recurrent
+    neural networks, 2013.
+    """
+
+    code = "OPT003"
+    name = "clipping-always-active"
+    severity = Severity.WARNING
+    cause = "hard-clipping"
+    _FEWEST = 8
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._seen = {False: 0, True: 0}
+        self._active = {False: 0, True: 0}
+        self._first: dict[bool, Finding] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """Count; inner and outer steps apart."""
+        flags = frame.block.scalars["flags"].astype(int)
+        clippable = (flags & (FLAGS["clippable"] | FLAGS["clipped"])) > 0
+        active = (flags & FLAGS["clipped"]) > 0
+        for outer, rows in ((False, frame.support), (True, frame.outer)):
+            self._seen[outer] += int((clippable & rows).sum())
+            self._active[outer] += int((active & rows).sum())
+            if outer not in self._first and (active & rows).any():
+                row = int(np.flatnonzero(active & rows)[0])
+                self._first[outer] = self.at(frame, row, "", "clipped here")
+        return iter(())
+
+    def finish(self) -> Iterator[Finding]:
+        """One finding where clipping was active nearly always."""
+        for outer, first in self._first.items():
+            seen, active = self._seen[outer], self._active[outer]
+            if seen < self._FEWEST or active / seen < self.thresholds["clipped-share"]:
+                continue
+            where = "outer" if outer else "inner"
+            yield self.finding(
+                f"clipping was active in {active} of {seen} {where} steps",
+                task=first.task,
+                step=first.step,
+                phase=first.phase,
+                marks=first.marks,
+                count=active,
+                evidence={"share": active / seen},
+                fix="Raise the clipping bound until it is active only for spikes.",
+            )
+
+
+class BaseMutated(Rule):
+    """The inner loop changed the base model for the tasks after it.
+
+    ## What it does
+    Compares the weights each task starts from with those the task before started from. Where they
+    differ and no outer step came between, the inner loop itself moved the base.
+
+    ## Why it is bad
+    Tasks are no longer independent: each starts where the last one ended, at least in part.
+    It is what Reptile and continual adaptation mean to do; then it is a remark, and
+    ``--intent reptile`` or ``--intent continual`` silences it.
+
+    ## Example
+    ```python
+    fast = list(net.parameters())
+    for w, g in zip(fast, grads):
+        w.data -= lr * g               # writes into the base model
+    ```
+
+    ## Use instead
+    ```python
+    fast = [w - lr * g for w, g in zip(fast, grads)]
+    ```
+
+    ## References
+    Nichol et al., On first-order meta-learning algorithms, 2018, for the case where it is meant.
+    """
+
+    code = "BASE001"
+    name = "base-model-mutated"
+    severity = Severity.WARNING
+    cause = "base-mutated"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._before: dict[object, tuple[int, Array, Array]] = {}
+        self._stepped: dict[object, int] = {}
+        self._pending: list[Finding] = []
+        self._outer_steps = 0
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """Compare each task's first row with the task before it, in order of time."""
+        before = missing_to_nan(frame.block.parameters["norm_before"])
+        after = missing_to_nan(frame.block.parameters["norm_after"])
+        layout = (frame.block.rank, frame.block.layout.index)
+        for row in range(len(frame.block)):
+            if frame.outer[row]:
+                self._outer_steps += 1
+                self._before.pop(layout, None)
+            elif frame.support[row]:
+                if frame.step[row] == 0:
+                    yield from self._begin(frame, row, layout, before[row])
+                known = self._before.get(layout)
+                if known is not None and known[0] == int(frame.task[row]):
+                    self._before[layout] = (known[0], known[1], after[row])
+
+    def _begin(
+        self, frame: Frame, row: int, layout: object, start: Array
+    ) -> Iterator[Finding]:
+        previous = self._before.get(layout)
+        self._before[layout] = (int(frame.task[row]), start, start)
+        if previous is None or previous[0] == int(frame.task[row]):
+            return
+        _, earlier, ended = previous
+        if len(earlier) != len(start):
+            return
+        known = np.isfinite(earlier) & np.isfinite(start) & np.isfinite(ended)
+        moved = known & ~np.isclose(start, earlier, rtol=1e-6, atol=0)
+        if not moved.any():
+            return
+        kept = known & np.isclose(start, ended, rtol=1e-6, atol=0)
+        adapted = known & ~np.isclose(ended, earlier, rtol=1e-6, atol=0)
+        yield self._describe(frame, row, moved, kept, adapted)
+
+    def _describe(
+        self, frame: Frame, row: int, moved: Array, kept: Array, adapted: Array
+    ) -> Finding:
+        columns = np.flatnonzero(moved)
+        layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in columns))
+        carried = bool((kept & adapted).any())
+        restored = bool((adapted & ~moved).any())
+        half = carried and restored
+        # Everything carried over, or moved elsewhere, may be meant (continual, Reptile); a reset
+        # of some weights only is not, nor is a base that an outer step is to move as well.
+        meant = not half and not (carried and self._outer_steps)
+        how = "only partly restored" if half else "not where the task before began"
+        return self.at(
+            frame,
+            row,
+            f"task {int(frame.task[row])} begins with weights {how} ({layers[0]}"
+            f"{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}), with no outer step "
+            "between",
+            "the task begins with weights another task left",
+            severity=Severity.INFO if meant else Severity.WARNING,
+            layer=layers[0],
+            layers=layers,
+            evidence={"parameters_moved": float(moved.sum())},
+            fix="Adapt a copy: copy.deepcopy(net), or fast = [w - lr * g ...] without writing into "
+            "the base.",
+        )
