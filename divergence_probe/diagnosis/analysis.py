@@ -17,7 +17,7 @@ from divergence_probe.rules.selection import Selection
 from divergence_probe.thresholds import Thresholds
 
 #: Rules whose finding is itself a divergence: something non-finite or unbounded was seen.
-DIVERGED = frozenset({"NF001", "NF002", "NG001", "LG001"})
+DIVERGED = frozenset({"NF001", "NF002", "NG001", "LG001", "MG002"})
 
 
 class Analysis:

@@ -21,6 +21,7 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.tensors import batched, plain
+from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:
     from divergence_probe.observe.session import Task
@@ -36,12 +37,18 @@ _WEIGHT_OPERATIONS = frozenset(
     }
 )  # fmt: skip
 _IN_PLACE_NAMES = frozenset(
-    {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__set__"}
+    {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "data.__set__"}
 )
 
 
+#: Operations that bound a gradient element by element.
+_CLIPPING = frozenset({"clamp", "clip", "clamp_", "clip_", "hardtanh"})
+
+#: Accesses that lead from a parameter to something that is not made of its value.
+_UNRELATED = frozenset({"grad.__get__", "grad.__set__", "shape.__get__", "size", "dim"})
+
 #: Writes that replace a value whatever it was: without a gradient in them, a restore.
-_OVERWRITES = frozenset({"copy_", "__set__", "fill_", "zero_", "set_", "__setitem__"})
+_OVERWRITES = frozenset({"copy_", "data.__set__", "fill_", "zero_", "set_", "__setitem__"})
 
 
 @dataclass
@@ -106,7 +113,7 @@ class Pending:
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
         width: tasks batched by vmap.
-        carried: ``.grad`` that was there before a backward.
+        carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
     """
@@ -128,7 +135,7 @@ class Pending:
     escaped: bool = False
     followed: bool = False
     width: int = 1
-    carried: list[Tensor] = field(default_factory=list)
+    carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
 
@@ -160,6 +167,7 @@ class Follower(TorchFunctionMode):
         self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
         self._storages: dict[int, int] = {}
         self._pushed = False
+        self._handling = 0
 
     def follow(self, pending: Pending, gradients: Sequence[Tensor | None]) -> None:
         """Start (or go on) following ``pending``; ``gradients`` are the user's own tensors."""
@@ -184,7 +192,8 @@ class Follower(TorchFunctionMode):
     def stop(self) -> None:
         """Forget what was followed, and leave the mode stack if we are on top of it."""
         self._pending, self._tags, self._storages = None, {}, {}
-        if self._pushed:
+        if self._pushed and not self._handling:
+            # (While it handles a call torch has taken it off the stack, and will put it back.)
             stack = _get_current_function_mode_stack()
             if stack and stack[-1] is self:
                 self.__exit__(None, None, None)
@@ -196,7 +205,11 @@ class Follower(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run the user's operation, then look at where it leads."""
-        result = func(*args, **(kwargs or {}))
+        self._handling += 1
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self._handling -= 1
         pending = self._pending
         if pending is None or torch.compiler.is_compiling() or not self._guard.watching:
             return result
@@ -207,13 +220,17 @@ class Follower(TorchFunctionMode):
         return result
 
     def _look(self, pending: Pending, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = getattr(func, "__name__", "")
+        name = _name(func)
+        if name in _UNRELATED:
+            return
         if name.startswith("_foreach"):
             self._foreach(pending, name, args, result)
             return
         parameters: frozenset[int] = frozenset()
         gradients: frozenset[int] = frozenset()
-        for tensor in _tensors(args, kwargs):
+        # What is overwritten does not matter to the value that comes out, only what it is made of.
+        sources = args[1:] if name in _OVERWRITES else args
+        for tensor in _tensors(sources, kwargs):
             tag = self._tags.get(id(tensor))
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
@@ -221,9 +238,12 @@ class Follower(TorchFunctionMode):
                     self._used(pending, tensor)
         if _is_in_place(name, kwargs) and args and isinstance(args[0], Tensor):
             self._written(pending, args[0], name, parameters, gradients)
-        if not parameters and not gradients:
-            return
-        if gradients and name in ("numpy", "tolist", "item", "__array__"):
+        if not (parameters or gradients) or name in _WEIGHT_OPERATIONS:
+            return  # what comes out of a weight operation is an activation, not a parameter
+        if gradients and not parameters and name in _CLIPPING and isinstance(args[0], Tensor):
+            active = name.endswith("_") or not torch.equal(plain(result), plain(args[0]))
+            pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
+        if gradients and name in ("numpy", "tolist", "__array__"):
             pending.escaped = True
         for tensor in _results(result):
             self._made(pending, tensor, parameters, gradients)
@@ -256,7 +276,7 @@ class Follower(TorchFunctionMode):
         gradients: frozenset[int],
     ) -> None:
         """``target`` was overwritten: an update if its memory is a parameter's."""
-        index = pending.is_input(target) if name == "__set__" else None
+        index = pending.is_input(target) if name == "data.__set__" else None
         if index is None:
             index = self._storages.get(_storage(target))
         if index is not None and self._updates(pending, index, name, gradients):
@@ -306,6 +326,14 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
+
+
+def _name(func: Any) -> str:
+    """Name of an operation; property accesses say which property (``grad.__set__``)."""
+    name: str = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        name = f"{getattr(func.__self__, '__name__', '')}.{name}"
+    return name
 
 
 def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.utils._pytree import tree_leaves
 
+from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
@@ -54,11 +55,29 @@ def library_step(guard: Guard) -> Iterator[Taken]:
         _TAP.taken = outer
 
 
+class _Functional(threading.local):
+    """The parameters of the ``torch.func`` gradient this thread is inside of, as the user has them."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+
+    @contextmanager
+    def taking(self, inputs: list[Tensor]) -> Iterator[None]:
+        """While the gradient with respect to ``inputs`` runs."""
+        outer, self.inputs = self.inputs, inputs
+        try:
+            yield
+        finally:
+            self.inputs = outer
+
+
 def install(patches: Patches, session: Session, loops: Loops) -> None:
     """Watch the functions every gradient goes through (``Tensor.backward`` calls one)."""
     watch = _Gradients(session, loops)
+    patches.add_undo(loops.leave)
     patches.swap_code(torch.autograd.grad, watch.grad)
     patches.swap_code(torch.autograd.backward, watch.backward)
+    patches.swap_code(torch.Tensor.backward, watch.leave)
     patches.set_attribute(eager_transforms, "grad_and_value_impl", watch.func)
     patches.set_attribute(eager_transforms, "_vjp_with_argnums", watch.vjp)
     patches.set_attribute(eager_transforms, "_autograd_grad", watch.inner)
@@ -71,6 +90,8 @@ class _Gradients:
         self._session = session
         self._guard = session.guard
         self._loops = loops
+        self._forensics = investigator_of(session)
+        self._functional = _Functional()
 
     def _passes(self) -> bool:
         """Whether a call is not ours to look at: compiled, or part of an observed call."""
@@ -88,12 +109,15 @@ class _Gradients:
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
                     inputs = tensors  # an iterator can be read only once
-                self._open("grad", _first_tensor(outputs), tensors)
+                loss = _first_tensor(outputs)
+                self._open("grad", loss, tensors)
+                self._forensics.before(loss, tensors, names=self._names(tensors))
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
                 self._note("grad", _first_tensor(outputs), tensors, made)
+                self._forensics.after(loss, tensors, made, self._names(tensors))
             return result
 
         return grad
@@ -107,10 +131,28 @@ class _Gradients:
             return original(outputs, inputs, *args, **kwargs)
         if not isinstance(inputs, Tensor | dict | list | tuple):
             inputs = list(inputs)  # an iterator can be read only once
+        tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        watched = not isinstance(inputs, dict) and self._guard.watching
+        if watched:
+            with self._guard.work():
+                self._forensics.before(_first_tensor(outputs), tensors, names=self._names(tensors))
         result = original(outputs, inputs, *args, **kwargs)
-        if not isinstance(inputs, dict):
-            taken.note([inputs] if isinstance(inputs, Tensor) else inputs, result)
+        if watched:
+            taken.note(tensors, result)
+            with self._guard.work():
+                self._forensics.after(_first_tensor(outputs), tensors, result)
         return result
+
+    def leave(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``Tensor.backward``: the place to leave the mode stack before torch dispatches to it."""
+
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            if not self._passes():
+                with self._guard.work():
+                    self._loops.stop_following()
+            return original(*args, **kwargs)
+
+        return backward
 
     def backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.autograd.backward``."""
@@ -119,7 +161,7 @@ class _Gradients:
             if self._passes():
                 return original(tensors, *args, **kwargs)
             reached: list[Tensor] = []
-            carried: list[Tensor] = []
+            carried: list[tuple[Tensor, Tensor]] = []
             with self._guard.work():
                 stepped = self._loops.learned_here().optimizer
                 if stepped is None:
@@ -127,13 +169,17 @@ class _Gradients:
                     there = reached
                 else:  # an optimizer takes the step: its hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]
-                carried = [t.grad.detach().clone() for t in there if t.grad is not None]
+                carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
                 self._open("backward", _first_tensor(tensors), reached)
+                self._forensics.before(_first_tensor(tensors), there, names=self._names(there))
             with self._guard.gradient_call():
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
                 self._note("backward", _first_tensor(tensors), reached, made, carried)
+                written = [tensor.grad for tensor in there]
+                names = self._names(there)
+                self._forensics.after(_first_tensor(tensors), there, written, names)
             return result
 
         return backward
@@ -157,7 +203,8 @@ class _Gradients:
             with self._guard.work():
                 inputs = _tensors([args[i] for i in _tuple(argnums)])
                 self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
-            result = original(func, argnums, has_aux, args, kwargs)
+            with self._functional.taking(inputs):
+                result = original(func, argnums, has_aux, args, kwargs)
             with self._guard.work():
                 value = result[1][0] if has_aux else result[1]
                 self._open("func", value, inputs)
@@ -193,9 +240,18 @@ class _Gradients:
     def inner(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The ``autograd.grad`` that functorch takes itself is not the user's."""
 
-        def _autograd_grad(*args: Any, **kwargs: Any) -> Any:
+        def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._passes():
+                return original(outputs, inputs, *args, **kwargs)
+            names = self._names(self._functional.inputs)
+            loss, tensors = _first_tensor(outputs), _tensors(inputs)
+            with self._guard.work():
+                self._forensics.before(loss, tensors, names=names)
             with self._guard.gradient_call():
-                return original(*args, **kwargs)
+                result = original(outputs, inputs, *args, **kwargs)
+            with self._guard.work():
+                self._forensics.after(loss, tensors, _tensors(result), names)
+            return result
 
         return _autograd_grad
 
@@ -209,10 +265,19 @@ class _Gradients:
         loss: Tensor | None,
         inputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-        carried: Sequence[Tensor] = (),
+        carried: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         if len(inputs) == len(gradients):
             self._loops.gradient(function, loss, inputs, gradients, carried=carried)
+
+    def _names(self, inputs: Sequence[Tensor]) -> Callable[[], Sequence[str]]:
+        """Names of parameters, looked up only when asked for."""
+
+        def names() -> Sequence[str]:
+            known, positions = self._loops.name(inputs, inputs)
+            return [known.layout.parameters[position].name for position in positions]
+
+        return names
 
     def _library_query(self, loss: Tensor | None) -> None:
         """A gradient outside a library's own step is taken of the query of its open task."""

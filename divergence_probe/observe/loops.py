@@ -17,7 +17,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower, Learned, Pending
-from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
@@ -57,6 +57,11 @@ class Loops:
         """What is known of the user's current line."""
         return self._learned.setdefault(self._session.sites.here(), Learned())
 
+    def stop_following(self) -> None:
+        """A gradient is about to be taken: the update before it is complete by now."""
+        if self._thread.follower is not None:
+            self._thread.follower.stop()
+
     def opening(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
         """A gradient is about to be taken: what was being followed is complete by now."""
         thread = self._thread
@@ -75,7 +80,7 @@ class Loops:
         inputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         *,
-        carried: Sequence[Tensor] = (),
+        carried: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         """The gradient was taken of ``loss`` with respect to ``inputs``."""
         thread = self._thread
@@ -86,7 +91,7 @@ class Loops:
             self._extend(pending, loss, inputs, gradients)
         else:
             pending = self._begin(function, loss, inputs, gradients, forwards)
-            pending.carried = list(carried)
+            pending.carried = [(weakref.ref(leaf), gradient) for leaf, gradient in carried]
             thread.pending = pending
         if self._needs_following(pending):
             if thread.follower is None:
@@ -139,6 +144,8 @@ class Loops:
 
     def _place(self, pending: Pending, inputs: Sequence[Tensor]) -> None:
         """Note the task it goes on with, or the model it begins with, while the inputs live."""
+        if len(inputs) < len(pending.inputs):
+            return  # one call a parameter, and an earlier one's is gone already
         task = self._thread.task
         if task is not None and self._continues(task, pending):
             pending.task = task
@@ -183,6 +190,7 @@ class Loops:
             pending.gradients.append(kept)
             pending.candidates.append([])
             pending.writes.append(0)
+        self._place(pending, [t for r in pending.inputs if (t := r()) is not None])
 
     def _needs_following(self, pending: Pending) -> bool:
         """Whether the update must be watched as it happens.
@@ -255,7 +263,7 @@ class Loops:
             forwards=pending.forwards,
             flags=flags,
             width=pending.width,
-            carried=pending.carried,
+            carried=[gradient for _, gradient in pending.carried],
         )
         task.inputs = [weakref.ref(t) if t is not None else None for t in update.tensors]
         task.fast = [None] * width
@@ -350,12 +358,8 @@ class Loops:
 
     def _moves_a_base(self, pending: Pending) -> bool:
         """Whether an in-place update moves the base of earlier tasks: an outer step by hand."""
-        for reference in pending.inputs:
-            tensor = reference()
-            found = self._session.models.find(tensor) if tensor is not None else None
-            if found is not None and found[0] in self._session.bases:
-                return True
-        return False
+        inputs = [reference() for reference in pending.inputs]
+        return base_among(self._session.bases, inputs) is not None
 
     def _outer(self, pending: Pending, update: Update) -> None:
         self.end_task()
@@ -384,6 +388,11 @@ class Loops:
         """The run is over."""
         self.settle()
         self.end_task()
+
+    def leave(self) -> None:
+        """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
+        if self._thread.follower is not None:
+            self._thread.follower.stop()
 
 
 def _kept(tensor: Tensor, copy: bool) -> Tensor:

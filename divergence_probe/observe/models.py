@@ -257,6 +257,25 @@ class Models:
         return layout
 
 
+def base_among(
+    bases: Iterable[KnownModel], tensors: Sequence[Tensor | None]
+) -> tuple[KnownModel, dict[int, int]] | None:
+    """Which of ``bases`` most of ``tensors`` belong to, by identity.
+
+    Others may be among them: an outer optimizer often moves learned step sizes along.
+
+    Returns:
+        The base and, for each index into ``tensors`` that is the base's, its position there.
+    """
+    best: tuple[KnownModel, dict[int, int]] | None = None
+    for known in bases:
+        own = {id(t): i for i, r in enumerate(known.parameters) if (t := r()) is not None}
+        places = {i: own[id(t)] for i, t in enumerate(tensors) if id(t) in own}
+        if places and (best is None or len(places) > len(best[1])):
+            best = known, places
+    return best
+
+
 def _parameters(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if isinstance(p, Tensor)]
 

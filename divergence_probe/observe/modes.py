@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session
+from divergence_probe.observe.session import Session, Task
 
 # Types whose behaviour depends on the mode: a switch above none of them changes nothing.
 _MODE_DEPENDENT = (
@@ -52,21 +52,32 @@ def _train(session: Session, original: Callable[..., nn.Module]) -> Callable[...
 
 
 def _note(session: Session, module: nn.Module, was: bool, mode: bool) -> None:
-    for task in reversed(session.open):
-        if task.module_names is not None and id(module) in task.module_names:
-            target, task_of = "fast", task
-            break
-    else:
-        owner = session.models.owner(module)
-        target = "base" if owner is not None else "other"
-        inside = [task for task in session.open if owner and task.known is owner[0]]
-        task_of = inside[-1] if inside else None  # type: ignore[assignment]
+    target, task = _target(session, module)
     session.event(
         "mode",
-        task_of,
+        task,
         session.sites.here(),
         mode="train" if mode else "eval",
         was="train" if was else "eval",
         target=target,
         model=type(module).__name__,
     )
+
+
+def _target(session: Session, module: nn.Module) -> tuple[str, Task | None]:
+    """What was switched, and the open task it matters to.
+
+    ``"base"`` only where the task runs modules of its own (a library's or a deep copy): elsewhere
+    the fast weights run through the base's modules, and the switch does reach them.
+    """
+    for task in reversed(session.open):
+        if task.module_names is not None and id(module) in task.module_names:
+            return "fast", task
+    owner = session.models.owner(module)
+    if owner is None:
+        return "other", None
+    for task in reversed(session.open):
+        apart = task.module_names is not None or (task.in_place and task.base is not None)
+        if task.known is owner[0]:
+            return ("base" if apart else "fast"), task
+    return "base", None

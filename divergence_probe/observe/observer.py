@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from divergence_probe.observe import (
+    clipping,
     functional,
     gradients,
     libraries,
@@ -24,7 +25,7 @@ from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
-_INSTRUMENTS = (normalization, losses, modes, functional)
+_INSTRUMENTS = (normalization, losses, modes, functional, clipping)
 _LOOP_INSTRUMENTS = (gradients, optimizers)
 
 

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Pending
 from divergence_probe.observe.loops import Loops, spread
-from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
@@ -139,7 +139,7 @@ class Optimizers:
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
         base, positions = self._copied_from(parameters)
-        moved = self._base_among(parameters) if base is None else None
+        moved = base_among(self._session.bases, parameters) if base is None else None
         if base is not None:
             known, outer = base, False
         elif moved is not None:
@@ -165,20 +165,6 @@ class Optimizers:
             outer,
             base,
         )
-
-    def _base_among(self, parameters: list[Tensor]) -> tuple[KnownModel, dict[int, int]] | None:
-        """The base an optimizer moves, though it may move other things (learned rates) with it.
-
-        Returns:
-            The base and, for each index into ``parameters`` that is the base's, its position there.
-        """
-        best: tuple[KnownModel, dict[int, int]] | None = None
-        for known in self._session.bases:
-            own = {id(t): i for i, r in enumerate(known.parameters) if (t := r()) is not None}
-            places = {i: own[id(p)] for i, p in enumerate(parameters) if id(p) in own}
-            if places and (best is None or len(places) > len(best[1])):
-                best = known, places
-        return best
 
     def _consumed(self, parameters: list[Tensor]) -> Pending | None:
         """The pending backward this optimizer acts on, if it is its own."""
@@ -220,7 +206,7 @@ class Optimizers:
             site=step.site,
             forwards=pending.forwards if pending is not None else Forwards(),
             flags=flags,
-            carried=pending.carried if pending is not None else (),
+            carried=_carried(pending, step.parameters),
         )
         task.fast = [None] * width
         for parameter, position in zip(step.parameters, step.positions, strict=True):
@@ -343,3 +329,11 @@ def _facts(optimizer: Optimizer) -> OptimizerFacts:
             for value in state.values()
         ),
     )
+
+
+def _carried(pending: Pending | None, parameters: list[Tensor]) -> list[Tensor]:
+    """Gradients that were already there, of the parameters this optimizer steps."""
+    if pending is None:
+        return []
+    stepped = {id(parameter) for parameter in parameters}
+    return [gradient for leaf, gradient in pending.carried if id(leaf()) in stepped]

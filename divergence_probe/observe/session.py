@@ -26,8 +26,10 @@ from divergence_probe.observe.capture import Forwards, NormalizationCall, Number
 from divergence_probe.observe.following import Learned
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models
+from divergence_probe.observe.retention import Retention
 from divergence_probe.observe.statistics import build_block
 from divergence_probe.record.schema import (
+    FLAGS,
     OUTER,
     QUERY,
     SUPPORT,
@@ -133,6 +135,8 @@ class Session:
         self.label: str | None = None
         self.closing: list[Callable[[], None]] = []
         self.inner: tuple[Any, ...] = ()
+        self.clipped: bool | None = None
+        self._retention = Retention()
         self._sink = sink
         self._rank = rank
         self._started = self._flushed = time.perf_counter()
@@ -240,6 +244,7 @@ class Session:
         carried: Sequence[Tensor] = (),
     ) -> Row:
         """An inner step was taken. Tensors must be detached and safe from in-place changes."""
+        flags |= self._clipping()
         row = Row(
             task.index,
             task.steps,
@@ -313,7 +318,9 @@ class Session:
             Forwards(),
             None,
             learning_rate,
+            self._clipping(),
         )
+        self._retention.outer_step()
         missing = [
             info.name
             for info, gradient, parameter in zip(
@@ -323,6 +330,13 @@ class Session:
         ]
         self.event("outer-step", None, site, without_gradient=missing, **data)
         self._add(row, None)
+
+    def _clipping(self) -> int:
+        """Flags of the clipping since the step before."""
+        clipped, self.clipped = self.clipped, None
+        if clipped is None:
+            return 0
+        return FLAGS["clippable"] | (FLAGS["clipped"] if clipped else 0)
 
     def current_forwards(self) -> Forwards:
         """Where a forward that names no module belongs: the open task's, else the thread's."""
@@ -344,6 +358,9 @@ class Session:
         if task.provisional:
             return
         self.event("task-end", task, -1, steps=task.steps)
+        kept = self._retention.ended(task.site, task.fast)
+        if kept is not None:
+            self.event("graph-retained", task, kept[1], tasks=kept[0])
         if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
             self.flush()
 

@@ -44,6 +44,7 @@ class RunningStatisticsLeak(Rule):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
+        # the task that moved a layer's statistics last, what they were when it began, and how
         self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
         self._weights: dict[object, tuple[int, np.ndarray, np.ndarray]] = {}  # type: ignore[type-arg]
         self._carried: dict[tuple[object, int], bool] = {}
@@ -83,12 +84,11 @@ class RunningStatisticsLeak(Rule):
         end = float(norm["bn_running_mean_after"][row, column])
         previous = self._moved.get((layout, layer))
         if previous is not None and previous[0] != task:
-            if previous[1] == start and not self._carried.get((layout, task), False):
+            if previous[1] != start and not self._carried.get((layout, task), False):
                 yield previous[2]
             previous = None
-        if start != end:
-            finding = previous[2] if previous is not None else self._describe(frame, row, column)
-            self._moved[layout, layer] = (task, end, finding)
+        if previous is None and start != end:
+            self._moved[layout, layer] = (task, start, self._describe(frame, row, column))
 
     def _describe(self, frame: Frame, row: int, column: int) -> Finding:
         drift = float(frame.block.batch_norm["bn_drift"][row, column])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import FLAGS
+from divergence_probe.record.schema import FLAGS, MISSING
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
@@ -52,11 +52,11 @@ class NoMetaGradient(Rule):
         """One finding an outer step without any gradient, after at least one task."""
         for event in frame.events("task-start"):
             self._last = event.data
-        gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
-        stepped = missing_to_nan(frame.block.parameters["norm_before"])
+        gradients = frame.block.parameters["gradient_norm"]
         for row in np.flatnonzero(frame.outer):
-            held = np.isfinite(stepped[row])
-            if not held.any() or not self._last or (np.nan_to_num(gradients[row], nan=0) != 0).any():
+            held = frame.block.parameters["norm_before"][row] != MISSING
+            nothing = np.isin(gradients[row], (MISSING, 0.0))  # a NaN is a gradient, if a bad one
+            if not held.any() or not self._last or not nothing.all():
                 continue
             why, fix = self._reason()
             yield self.at(
@@ -247,9 +247,8 @@ class UnusedParameters(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at its first step."""
-        gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
         held = np.isfinite(missing_to_nan(frame.block.parameters["norm_before"]))
-        absent = held & np.isnan(gradients) & (frame.block.parameters["gradient_norm"] == -1)
+        absent = held & (frame.block.parameters["gradient_norm"] == MISSING)
         hit = frame.support & absent.any(1) & ~absent.all(1)
         for row in frame.first_rows(hit):
             names = tuple(frame.parameter(int(c)) for c in np.flatnonzero(absent[row]))

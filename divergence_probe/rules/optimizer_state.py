@@ -9,6 +9,7 @@ import numpy as np
 from divergence_probe.record.schema import FLAGS, Array
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.quantities import collinearity
 from divergence_probe.thresholds import Thresholds
 
 
@@ -43,8 +44,13 @@ class OptimizerStateCarriedOver(Rule):
     severity = Severity.WARNING
     cause = "optimizer-state-carryover"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._plain_start: dict[object, bool] = {}
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task that begins with a used optimizer."""
+        yield from self._by_hand(frame)
         for event in frame.events("task-start"):
             if not event.data.get("carried_state") or event.data.get("continues"):
                 continue
@@ -63,6 +69,33 @@ class OptimizerStateCarriedOver(Rule):
                 else (),
                 fix="Create the inner optimizer anew for every task.",
             )
+
+
+    def _by_hand(self, frame: Frame) -> Iterator[Finding]:
+        """Hand-written momentum: the first task's first step follows its gradient, later ones do not.
+
+        Without a velocity a first step is parallel to the gradient; with one kept from another task
+        it is not. (Weight decay or Adam bend the first task's first step just as much.)
+        """
+        bent = 1 - collinearity(frame)
+        unknown = ~np.isfinite(frame.block.scalars["learning_rate"])
+        for row in np.flatnonzero(frame.support & (frame.step == 0) & unknown):
+            key = (frame.block.rank, frame.block.layout.index, frame.block.site(row))
+            if not np.isfinite(bent[row]):
+                continue
+            if key not in self._plain_start:
+                self._plain_start[key] = bool(bent[row] < 1e-4)
+            elif self._plain_start[key] and bent[row] > 1e-2:
+                yield self.at(
+                    frame,
+                    int(row),
+                    f"the first step of task {int(frame.task[row])} does not follow its gradient "
+                    f"(cosine {1 - bent[row]:.2f}), the first task's did: a velocity is carried "
+                    "over",
+                    "this step carries another task's momentum",
+                    evidence={"cosine": float(1 - bent[row])},
+                    fix="Set the velocity to zero at the start of every task.",
+                )
 
 
 class GradientCarriedOver(Rule):

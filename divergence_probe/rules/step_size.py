@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from divergence_probe.record.schema import FLAGS, Array
+from divergence_probe.record.schema import Array
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.quantities import collinearity, descent, median_rate, whole_norm
 from divergence_probe.thresholds import Thresholds
 
 _OVERFLOW = math.log(3.4e38)  # largest float32
+_RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 
 @dataclass
@@ -66,8 +68,8 @@ class StepBeyondStability(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, as soon as the course is clear."""
-        gradients = _whole(frame.block.parameters["gradient_norm"])
-        descents = _descent(frame)
+        gradients = whole_norm(frame.block.parameters["gradient_norm"])
+        descents = descent(frame)
         for row in np.flatnonzero(frame.support & (frame.block.scalars["loss_seen"] > 0)):
             key = (frame.block.rank, int(frame.task[row]))
             course = self._courses.setdefault(key, _Course())
@@ -110,10 +112,10 @@ class StepBeyondStability(Rule):
         product = float(frame.block.scalars["instability"][row])
         rate = float(frame.block.scalars["learning_rate"][row])
         if not math.isfinite(rate):
-            rate = _median_rate(frame, row)
+            rate = median_rate(frame, row)
         stable = self.thresholds["instability"] / product * rate
         factor = abs(product - 1)
-        norm = float(_whole(frame.block.parameters["norm_after"])[row])
+        norm = float(whole_norm(frame.block.parameters["norm_after"])[row])
         ahead = math.ceil((_OVERFLOW - math.log(max(norm, 1e-30))) / math.log(max(factor, 1.01)))
         step = int(frame.step[row])
         advice = f"lr = {stable:.2g}  # or less: the largest stable step here" if stable > 0 else ""
@@ -248,10 +250,14 @@ class NegativeLearningRate(Rule):
 
     def _is_negative(self, frame: Frame, row: int, climb: float, loss: float) -> bool:
         """Whether the step as a whole goes up by more than a sign flip around zero could."""
+        if not -climb > 1e-3 * abs(loss):
+            return False
         rate = float(frame.block.scalars["learning_rate"][row])
         if math.isfinite(rate):
-            return rate < 0 and -climb > 1e-3 * abs(loss)
-        return -climb > 1e-3 * abs(loss)
+            return rate < 0
+        # By hand the rate must be read off the update. Momentum also climbs at times, but never
+        # straight up the gradient, and never in a task's first step.
+        return frame.step[row] == 0 or bool(collinearity(frame)[row] > 0.999)
 
     def _describe(self, frame: Frame, row: int, rates: Array) -> Finding:
         column = int(np.nanargmin(rates)) if np.isfinite(rates).any() else 0
@@ -302,21 +308,32 @@ class NoParameterChange(Rule):
         """One finding a task with unchanged parameters, at the first such step."""
         update = missing_to_nan(frame.block.parameters["update_norm"])
         gradient = missing_to_nan(frame.block.parameters["gradient_norm"])
-        moving = np.nan_to_num(gradient) > 0
-        low = (frame.block.scalars["flags"].astype(int) & FLAGS["low_precision"]) > 0
-        with np.errstate(invalid="ignore"):
-            still = np.where(moving, update == 0, True).all(1) & moving.any(1)
-        hit = frame.support & still & (frame.block.scalars["learning_rate"] != 0) & ~low
+        hit = frame.support & self._still(frame, update, gradient)
         for row in frame.first_rows(hit):
             yield self.at(
                 frame,
                 row,
                 f"the parameters after step {int(frame.step[row])} are exactly those before it, "
-                f"with a gradient of norm {float(_whole(gradient)[row]):.3g}",
+                f"with a gradient of norm {float(whole_norm(gradient)[row]):.3g}",
                 "the update is thrown away",
-                evidence={"gradient_norm": float(_whole(gradient)[row])},
+                evidence={"gradient_norm": float(whole_norm(gradient)[row])},
                 fix="fast = [w - lr * g for w, g in zip(fast, grads)]   # rebind the fast weights",
             )
+        yield from self._repeated(frame)
+
+    def _still(self, frame: Frame, update: Array, gradient: Array) -> Array:
+        """``[S]`` whether nothing moved although the step was large enough to be representable."""
+        before = missing_to_nan(frame.block.parameters["norm_before"])
+        rate = frame.block.scalars["learning_rate"]
+        step = np.where(np.isfinite(rate), rate, self.thresholds["ineffective-update"])
+        half = [info.dtype in ("float16", "bfloat16") for info in frame.block.layout.parameters]
+        with np.errstate(all="ignore"):
+            due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
+        due &= ~np.asarray(half, dtype=bool)
+        moved = np.nan_to_num(update, nan=0.0) != 0
+        return np.asarray(due.any(1) & ~moved.any(1))
+
+    def _repeated(self, frame: Frame) -> Iterator[Finding]:
         for event in frame.events("repeated-gradient"):
             yield self.finding(
                 f"the same gradient was taken {event.data.get('times')} times and no update "
@@ -330,24 +347,3 @@ class NoParameterChange(Rule):
 
 def _mark(site: str | None, text: str) -> tuple[Mark, ...]:
     return (Mark(site, text),) if site else ()
-
-
-def _whole(norms: Array) -> Array:
-    """``[S]`` norm over all parameters."""
-    norms = missing_to_nan(norms)
-    with np.errstate(all="ignore"):
-        return np.asarray(np.sqrt(np.nansum(norms**2, axis=1)))
-
-
-def _descent(frame: Frame) -> Array:
-    """``[S]`` minus the first-order change of the loss that each row's step should make."""
-    rates = frame.block.parameters["step_rate"]
-    gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
-    with np.errstate(all="ignore"):
-        return np.asarray(np.nansum(rates * gradients**2, axis=1))
-
-
-def _median_rate(frame: Frame, row: int) -> float:
-    rates = frame.block.parameters["step_rate"][row]
-    rates = rates[np.isfinite(rates)]
-    return float(np.median(rates)) if len(rates) else math.nan

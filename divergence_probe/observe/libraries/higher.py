@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
@@ -131,10 +132,12 @@ class _Higher:
                 return original(self_, loss, params, override, grad_callback, **kwargs)
             callback = grad_callback if grad_callback is not None else self_._grad_callback
             seen: list[Any] = []
+            forensics = investigator_of(self.session)
 
             def read(gradients: Any) -> Any:
                 applied = callback(gradients) if callback is not None else gradients
                 seen.extend((gradients, applied))
+                forensics.gradient_taken()
                 return applied
 
             params = list(params) if params is not None else None
@@ -143,10 +146,13 @@ class _Higher:
                 forwards = _take(self.session, task)
                 if (site := self.session.sites.here()) >= 0:
                     task.data["step_site"] = site
+                names = [info.name for info in task.known.layout.parameters]
+                forensics.before(loss, before, task, lambda: names)
             with guard.gradient_call():
                 result = original(self_, loss, params, override, read, **kwargs)
             with guard.work():
                 self._record(self_, task, before, list(result), seen, loss, forwards)
+                forensics.after(loss, before, seen[0], lambda: names)
             return result
 
         return step

@@ -1,0 +1,60 @@
+"""Gradient clipping by torch's own functions: whether it was used, and whether it did anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+
+from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.session import Session
+
+
+def install(patches: Patches, session: Session) -> None:
+    """Watch ``clip_grad_norm_`` and ``clip_grad_value_``."""
+    for name, changed in (("clip_grad_norm_", _by_norm), ("clip_grad_value_", _by_value)):
+        function = getattr(clip_grad, name)
+        function = getattr(function, "__wrapped__", function)  # under torch's no_grad decorator
+        patches.swap_code(function, lambda original, how=changed: _clip(session, original, how))
+
+
+def _clip(
+    session: Session, original: Callable[..., Any], changed: Callable[..., bool]
+) -> Callable[..., Any]:
+    guard = session.guard
+
+    def clip(parameters: Any, bound: float, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not guard.watching:
+            return original(parameters, bound, *args, **kwargs)
+        tensors: list[Tensor] = []
+        with guard.work():
+            if not isinstance(parameters, Tensor):
+                parameters = list(parameters)  # a generator can be read only once
+            tensors = [parameters] if isinstance(parameters, Tensor) else parameters
+            largest = _largest(tensors) if changed is _by_value else None
+        with guard.inside():
+            result = original(parameters, bound, *args, **kwargs)
+        with guard.work():
+            session.clipped = changed(result, largest, float(bound))
+        return result
+
+    return clip
+
+
+def _largest(parameters: list[Tensor]) -> float | None:
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.device.type == "cpu"]
+    return max((float(g.abs().max()) for g in gradients if g.numel()), default=None)
+
+
+def _by_norm(result: Any, largest: float | None, bound: float) -> bool:
+    """Whether the total norm was above the bound; unknown on a device that would have to wait."""
+    if not isinstance(result, Tensor) or result.device.type != "cpu":
+        return False
+    return float(result) > bound
+
+
+def _by_value(result: Any, largest: float | None, bound: float) -> bool:
+    return largest is not None and largest > bound

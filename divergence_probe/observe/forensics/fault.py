@@ -1,0 +1,104 @@
+"""What was found: one bad operation, where it stands, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from divergence_probe.observe.forensics.backward import is_singular
+from divergence_probe.observe.forensics.graph import Range, family, is_leaf_node
+from divergence_probe.observe.forensics.windows import FORWARD, GRADIENT, UPDATE, Place, Window
+
+
+@dataclass
+class Fault:
+    """The first bad operation, as far as it is known.
+
+    Attributes:
+        phase: ``"forward"``, ``"backward"``, ``"second backward"`` or ``"update"``.
+        what: ``"input"`` (the data came in bad), ``"operation"`` or ``"update"``.
+        operation: such as ``"sqrt"``.
+        values: of its inputs.
+        dtype: of what it made.
+        layer: the layer whose parameter it takes, None for none.
+        layers: whose gradients or weights turned bad by it.
+        module: the module it runs in.
+        line: number of its own line, -1 unknown.
+        site: number of the gradient call's line.
+        place: where to look for its line.
+        task: index of the task, -1 unknown.
+        step: inner step, -1 unknown (or after the last).
+        at_step: the step it was made in, where that is another one.
+        output: what became of it: the loss.
+        certain: whether it was seen to fail, rather than to be the only one that can.
+        waited: gradient calls since.
+    """
+
+    phase: str
+    what: str
+    operation: str
+    values: Range
+    dtype: str
+    layer: str | None = None
+    layers: tuple[str, ...] = ()
+    module: str | None = None
+    line: int = -1
+    site: int = -1
+    place: Place | None = None
+    task: int = -1
+    step: int = -1
+    at_step: int = -1
+    output: float = math.nan
+    certain: bool = True
+    waited: int = 0
+
+    def data(self, name: Callable[[int], str | None]) -> dict[str, Any]:
+        """Plain values for the event."""
+        return {
+            "phase": self.phase,
+            "what": self.what,
+            "operation": self.operation,
+            "layer": self.module or self.layer or (self.layers[0] if self.layers else None),
+            "layers": list(self.layers),
+            "dtype": self.dtype,
+            "input_dtype": self.values.dtype,
+            "minimum": self.values.minimum,
+            "maximum": self.values.maximum,
+            "zeros": self.values.zeros,
+            "nonfinite": self.values.nonfinite,
+            "elements": self.values.elements,
+            "loss": self.output,
+            "gradient_site": name(self.site),
+            "in_task": self.task,
+            "in_step": self.at_step if self.at_step >= 0 else self.step,
+            "certain": self.certain,
+        }
+
+
+def locate(node: Any, part: str, window: Window) -> tuple[Place, str]:
+    """The user's operation behind a backward node, and where to look for its line.
+
+    A node made while an inner gradient was taken (``create_graph``) is a derivative of a forward
+    operation: the one whose result it uses, or the one of its own kind that takes what it takes.
+    """
+    number = node._sequence_nr()
+    name = family(node.name())
+    if part == UPDATE:
+        return Place(window.site, UPDATE, number - window.after, name), name
+    if part == FORWARD:
+        return Place(window.site, FORWARD, window.before - number, name), name
+    for following, _ in node.next_functions:
+        if following is not None and not is_leaf_node(following) and is_singular(following):
+            name = family(following.name())
+            distance = window.before - following._sequence_nr()
+            return Place(window.site, FORWARD, distance, name), name
+    taken = None
+    for following, _ in node.next_functions:
+        if following is not None and not is_leaf_node(following):
+            taken = window.before - following._sequence_nr()
+    return Place(window.site, FORWARD, None, name, taken), name
+
+
+__all__ = ["FORWARD", "GRADIENT", "UPDATE", "Fault", "locate"]

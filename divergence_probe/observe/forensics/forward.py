@@ -1,0 +1,157 @@
+"""The first bad operation of a forward, read from the graph of a non-finite loss.
+
+Nothing is run again but a few elementwise operations on tensors the graph kept. An output counts as
+bad where the node's own saved result, a consumer's saved input, or that recomputation is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.forensics.graph import Graph, Range, Saved, family, finite, saved
+
+#: Operations that keep finite numbers of ordinary size finite: where their output is not and their
+#: known input is, the other operand came in bad.
+_FAITHFUL = frozenset(
+    {
+        "add", "sub", "rsub", "neg", "view", "reshape_alias", "t", "transpose", "permute", "sum",
+        "mean", "expand", "unsqueeze", "squeeze", "cat", "stack", "index", "select", "slice",
+        "clone", "alias", "unsafe_view", "gather", "mul", "where", "masked_fill",
+    }
+)  # fmt: skip
+
+_Values = dict[str, Tensor]
+_RECOMPUTED: dict[str, Callable[[_Values, Any], Tensor]] = {
+    "log": lambda v, node: v["self"].log(),
+    "log2": lambda v, node: v["self"].log2(),
+    "log10": lambda v, node: v["self"].log10(),
+    "log1p": lambda v, node: v["self"].log1p(),
+    "acos": lambda v, node: v["self"].acos(),
+    "asin": lambda v, node: v["self"].asin(),
+    "xlogy": lambda v, node: torch.xlogy(v["self"], v["other"]),
+    "mul": lambda v, node: v["self"] * v["other"],
+    "div": lambda v, node: v.get("self", torch.ones_like(v["other"])) / v["other"],
+    "pow": lambda v, node: v["self"] ** node._saved_exponent,
+    "mse_loss": lambda v, node: (v["self"] - v["target"]) ** 2,
+    "matmul": lambda v, node: v["self"] @ v["mat2"],
+    "linear": lambda v, node: v["mat1"] @ v["mat2"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a forward went wrong.
+
+    Attributes:
+        node: the operation's node.
+        operation: such as ``"log"``.
+        enters: whether the bad values came in as data, and the operation is only where.
+        values: the operation's inputs (the bad data, where they came in so).
+        dtype: of its output.
+    """
+
+    node: Any
+    operation: str
+    enters: bool
+    values: Range
+    dtype: str
+
+
+def first_bad(graph: Graph) -> Spot | None:
+    """The earliest operation whose inputs are finite and whose output is not, or None."""
+    reading = _Reading(graph)
+    for node in graph.nodes:
+        spot = reading.data(node)
+        if spot is not None:
+            return spot
+        if reading.output.get(node) is False and not reading.bad_input(node):
+            return reading.describe(node)
+    return None
+
+
+def bad_data(graph: Graph) -> Spot | None:
+    """The first operation that takes non-finite data: tensors no weight has touched."""
+    reading = _Reading(graph)
+    return next((spot for node in graph.nodes if (spot := reading.data(node))), None)
+
+
+class _Reading:
+    """What is known of every node's output: True finite, False not, absent unknown."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.kept: dict[Any, list[Saved]] = {node: saved(node) for node in graph.nodes}
+        self.output: dict[Any, bool] = {}
+        if graph.root.grad_fn in self.kept:
+            self.output[graph.root.grad_fn] = finite(graph.root)
+        for node in graph.nodes:
+            self._read(node)
+
+    def _read(self, node: Any) -> None:
+        kept = self.kept[node]
+        for entry in kept:
+            if entry.result:
+                self._note(node, finite(entry.value))
+            elif (producer := self._producer(node, entry)) is not None:
+                self._note(producer, finite(entry.value))
+        again = _RECOMPUTED.get(family(node.name()))
+        if again is not None and node not in self.output:
+            try:
+                value = again({e.name: e.value for e in kept}, node)
+            except (KeyError, RuntimeError, AttributeError, TypeError):
+                return
+            self._note(node, finite(value))
+
+    def _note(self, node: Any, good: bool) -> None:
+        self.output[node] = self.output.get(node, True) and good
+
+    def _producer(self, node: Any, entry: Saved) -> Any:
+        if entry.slot is None:
+            return None
+        producer, number = node.next_functions[entry.slot]
+        if producer is None or number or (producer, number) in self.graph.inputs:
+            return None
+        return producer
+
+    def data(self, node: Any) -> Spot | None:
+        """The spot where non-finite data enters at ``node``, if it does."""
+        for entry in self.kept[node]:
+            if entry.result or entry.slot is None or finite(entry.value):
+                continue
+            if node.next_functions[entry.slot][0] is None:
+                return self._spot(node, True, [entry.value])
+        return None
+
+    def bad_input(self, node: Any) -> bool:
+        """Whether something bad is known to have come into ``node``."""
+        if any(not e.result and not finite(e.value) for e in self.kept[node]):
+            return True
+        return any(self.output.get(following) is False for following, _ in node.next_functions)
+
+    def describe(self, node: Any) -> Spot:
+        """The producer at ``node`` or, where it cannot be one, among unknown nodes before it."""
+        while family(node.name()) in _FAITHFUL:
+            unknown = [
+                following
+                for following, _ in node.next_functions
+                if following in self.kept and following not in self.output
+            ]
+            if not unknown:
+                break
+            node = max(unknown, key=lambda following: following._sequence_nr())
+        inputs = [entry.value for entry in self.kept[node] if not entry.result]
+        # a sum of finite numbers is bad only where the operand the graph did not keep is
+        enters = family(node.name()) in ("add", "sub", "rsub") and any(
+            following is None for following, _ in node.next_functions
+        )
+        return self._spot(node, enters, inputs)
+
+    def _spot(self, node: Any, enters: bool, values: list[Tensor]) -> Spot:
+        metadata = node._input_metadata
+        dtype = str(metadata[0].dtype).removeprefix("torch.") if metadata else ""
+        return Spot(node, family(node.name()), enters, Range.of(values), dtype)

@@ -1,0 +1,97 @@
+"""Which part of a step an autograd node was made in: forward, gradient or update.
+
+Only sequence numbers are kept, never nodes. They also find an operation's line later: the same code
+makes the same number of nodes, so an operation keeps its distance from its gradient call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_MOST_WINDOWS = 1024
+
+FORWARD, GRADIENT, UPDATE = "forward", "gradient", "update"
+
+
+@dataclass(slots=True)
+class Window:
+    """One gradient call on this thread's line of nodes.
+
+    Attributes:
+        site: number of the user's line it was made at.
+        fast: one past the last node of what its inputs were made by; -1 where they are leaves.
+        before: the next number when it began.
+        after: the next number when it ended; -1 while it runs.
+        task: index of its task, -1 unknown.
+        step: inner step within that task, -1 unknown.
+    """
+
+    site: int
+    fast: int
+    before: int
+    after: int = -1
+    task: int = -1
+    step: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An operation's position relative to a gradient call at some line.
+
+    Attributes:
+        site: the gradient call's line.
+        part: ``FORWARD`` counts back from the call, ``UPDATE`` on from its end.
+        distance: in nodes.
+        operation: what to look for.
+        taken: distance of the node that made its input, where the operation's own is not known.
+    """
+
+    site: int
+    part: str
+    distance: int | None
+    operation: str
+    taken: int | None = None
+
+
+class Windows:
+    """The latest gradient calls of one thread."""
+
+    def __init__(self) -> None:
+        self.all: deque[Window] = deque(maxlen=_MOST_WINDOWS)
+        self.update_lengths: dict[int, int] = {}
+
+    def open(self, window: Window) -> None:
+        """A gradient call begins; what its inputs show tells how long the last update was."""
+        if self.all and window.fast > self.all[-1].after > 0:
+            last = self.all[-1]
+            self.update_lengths[last.site] = window.fast - last.after
+        self.all.append(window)
+
+    @property
+    def last(self) -> Window | None:
+        """The latest one."""
+        return self.all[-1] if self.all else None
+
+    def unrolled(self, nodes: Sequence[Any]) -> int | None:
+        """Where the last gradient call ended, if ``nodes`` go back to before it."""
+        ended = [window.after for window in self.all if window.after >= 0]
+        if not ended or not nodes or nodes[0]._sequence_nr() >= ended[-1]:
+            return None
+        return ended[-1]
+
+    def part(self, number: int) -> tuple[str, Window] | None:
+        """In which part of which call's step the node ``number`` was made."""
+        later: Window | None = None
+        for window in reversed(self.all):
+            if window.after >= 0 and number >= window.after:
+                update = number - window.after < self.update_lengths.get(window.site, 0)
+                if update or later is None:
+                    return UPDATE if update else FORWARD, window if update else later or window
+                return FORWARD, later
+            if number >= window.before:
+                return GRADIENT, window
+            later = window
+        return (FORWARD, later) if later is not None else None

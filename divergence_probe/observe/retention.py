@@ -1,0 +1,76 @@
+"""Whether graphs of finished tasks stay alive, from weak references to their fast weights."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# A meta-batch may rightly keep the graphs of all its tasks until its outer step; without an outer
+# step nothing needs the graph of a task this many tasks ago.
+_TASKS_IN_USE = 12
+_TASKS_KEPT = 6
+_COLLECTIONS = 3
+
+
+@dataclass
+class _Finished:
+    """A finished task: where it began, after how many outer steps, and its fast weights."""
+
+    site: int
+    outer_steps: int
+    fast: list[weakref.ref[Tensor]]
+
+    def alive(self) -> bool:
+        """Whether a graph still hangs on one of its fast weights."""
+        return any(t is not None and t.grad_fn is not None for t in (ref() for ref in self.fast))
+
+
+class Retention:
+    """Counts finished tasks whose graph is still alive although nothing can need it any more."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[_Finished] = deque(maxlen=256)
+        self._outer_steps = 0
+        self._ended = 0
+        self._reported = _TASKS_KEPT - 1
+        self._collections = 0
+
+    def outer_step(self) -> None:
+        """Graphs of the tasks before this outer step have had their last use."""
+        self._outer_steps += 1
+
+    def ended(self, site: int, fast: list[weakref.ref[Tensor] | None]) -> tuple[int, int] | None:
+        """A task ended.
+
+        Returns:
+            ``(number of tasks kept alive, site of the first)`` where that number has grown to
+            another doubling, else None.
+        """
+        self._ended += 1
+        references = [reference for reference in fast if reference is not None]
+        if references:
+            self._tasks.append(_Finished(site, self._outer_steps, references))
+        if self._ended % 4:
+            return None
+        kept = self._kept()
+        if len(kept) > self._reported and self._collections < _COLLECTIONS:
+            # Cycles (higher's patched modules are such) only die in a collection.
+            self._collections += 1
+            gc.collect()
+            kept = self._kept()
+        if len(kept) <= self._reported:
+            return None
+        self._reported = 2 * len(kept)
+        return len(kept), kept[0].site
+
+    def _kept(self) -> list[_Finished]:
+        old = len(self._tasks) - _TASKS_IN_USE
+        return [
+            task
+            for position, task in enumerate(self._tasks)
+            if (task.outer_steps + 1 < self._outer_steps or position < old) and task.alive()
+        ]

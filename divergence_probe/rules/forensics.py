@@ -1,0 +1,418 @@
+"""The first bad operation: what made something non-finite, and what to write instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.finding import Finding, Mark, Severity
+
+_LOW = {
+    "float16": "6.55e+04 largest, 4.9e-4 relative spacing",
+    "bfloat16": "3.4e+38 largest, 3.9e-3 relative spacing",
+}
+# float32 overflows from 3.4e38: sums and products of inputs beyond this are ends of an explosion.
+_EXPLODED = 1e15
+
+
+class _Forensic(Rule):
+    """Shared by the rules of this file: one event, one finding."""
+
+    severity = Severity.ERROR
+    fixes: ClassVar[dict[str, str]] = {}
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding for every event that is this rule's."""
+        for event in frame.events("forensics"):
+            if not _exploded(event.data) and self.takes(event.data):
+                yield self._describe(frame, event)
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """Whether the event is one of this rule's kind."""
+        raise NotImplementedError
+
+    def message(self, data: dict[str, Any]) -> str:
+        """The sentence, without where it was seen."""
+        raise NotImplementedError
+
+    def _describe(self, frame: Frame, event: Event) -> Finding:
+        data = event.data
+        fix = self.fixes.get(data["operation"], self.fixes.get("", ""))
+        evidence: dict[str, float | str] = {
+            "operation": data["operation"],
+            "phase": data["phase"],
+            "dtype": data["dtype"] or data["input_dtype"],
+            "input_min": data["minimum"],
+            "input_max": data["maximum"],
+            "input_zeros": float(data["zeros"]),
+            "input_nonfinite": float(data["nonfinite"]),
+            "input_elements": float(data["elements"]),
+        }
+        if not data["certain"]:
+            evidence["seen"] = "inferred from the graph's shape, its numbers were freed already"
+        return self.finding(
+            self.message(data),
+            rank=frame.block.rank,
+            layer=data["layer"],
+            layers=tuple(data["layers"]),
+            task=data["in_task"] if data["in_task"] >= 0 else None,
+            step=data["in_step"] if data["in_step"] >= 0 else None,
+            phase="support" if data["in_step"] >= 0 else None,
+            evidence=evidence,
+            fix=fix,
+            marks=_marks(event, data),
+        )
+
+
+def _marks(event: Event, data: dict[str, Any]) -> tuple[Mark, ...]:
+    operation = data["operation"]
+    what = {
+        "input": f"non-finite data enters {operation}",
+        "update": "the update makes weights non-finite",
+    }.get(data["what"], f"{operation}: {_range(data)}")
+    marks = []
+    if event.site:
+        marks.append(Mark(event.site, what))
+    taken = data["gradient_site"]
+    if taken and taken != event.site:
+        marks.append(Mark(taken, "the gradient is taken here" if event.site else what))
+    return tuple(marks)
+
+
+def _range(data: dict[str, Any]) -> str:
+    if not data["elements"] or math.isnan(data["minimum"]):
+        return "input not known"
+    zeros = f", {data['zeros']} exact zeros" if data["zeros"] else ""
+    return f"inputs {data['minimum']:.3g} to {data['maximum']:.3g}{zeros}"
+
+
+def _exploded(data: dict[str, Any]) -> bool:
+    sizes = [abs(data[name]) for name in ("minimum", "maximum")]
+    return any(size > _EXPLODED for size in sizes) and data["what"] != "input"
+
+
+def _in(data: dict[str, Any]) -> str:
+    return f" in {data['layer']}" if data["layer"] and data["phase"] == "forward" else ""
+
+
+def _low(data: dict[str, Any]) -> bool:
+    return data["dtype"] in _LOW and data["what"] != "input"
+
+
+class NonFiniteInput(_Forensic):
+    """NaN or infinity comes in with the data.
+
+    ## What it does
+    When an inner loss is not finite, reads the loss's autograd graph from its start and finds the
+    first operation that was given non-finite values by a tensor no weight has touched.
+
+    ## Why it is bad
+    One NaN feature makes the loss NaN, its gradient NaN in every weight and, through the outer
+    step, every later task.
+
+    ## Example
+    ```python
+    x = (x - x.mean(0)) / x.std(0)               # a constant column: 0 / 0
+    ```
+
+    ## Use instead
+    ```python
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
+    x = torch.nan_to_num(x)                      # or drop the rows
+    ```
+
+    ## References
+    pytorch/pytorch#160016 on naming the forward origin of a NaN.
+    """
+
+    code = "FX001"
+    name = "non-finite-input"
+    cause = "nonfinite-input"
+    fixes: ClassVar[dict[str, str]] = {
+        "": "assert torch.isfinite(x).all() and torch.isfinite(y).all()   # where the task is made\n"
+        "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)      # or drop those rows"
+    }
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """Data that came in bad."""
+        return bool(data["what"] == "input")
+
+    def message(self, data: dict[str, Any]) -> str:
+        """What came in, and where."""
+        many = (
+            f"{data['nonfinite']} of {data['elements']} values"
+            if data["nonfinite"]
+            else "an operand"
+        )
+        where = f"{data['operation']}{_in(data)}"
+        return f"the data is not finite before any weight touches it: {many} given to {where}"
+
+
+class SingularForward(_Forensic):
+    """An operation of the forward makes NaN or infinity out of finite numbers.
+
+    ## What it does
+    When an inner loss is not finite, finds the first operation whose inputs are finite and whose
+    output is not, and reports their range. Inputs so large that any operation overflows are the
+    end of an explosion and are left to the rules on growth.
+
+    ## Why it is bad
+    log, division and sqrt at 0 are right on nearly all data: the loop runs until one sample is on
+    the edge, and from then on every weight is NaN.
+
+    ## Example
+    ```python
+    loss = -(onehot * torch.softmax(logits, 1).log()).sum(1).mean()    # 0 * log(0)
+    ```
+
+    ## Use instead
+    ```python
+    loss = F.cross_entropy(logits, y)
+    ```
+
+    ## References
+    pytorch/pytorch#160016; pytorch/pytorch#182156 on telling producer from propagator.
+    """
+
+    code = "FX002"
+    name = "singular-forward-operation"
+    cause = "singular-forward"
+    fixes: ClassVar[dict[str, str]] = {
+        "log": "loss = F.cross_entropy(logits, y)      # or log_softmax, logsigmoid, xlogy;\n"
+        "loss = -(p.clamp_min(1e-8).log() * t)  # at least keep log away from 0",
+        "div": "y = a / (b + 1e-6)      # or b.clamp(min=1e-6): the divisor reaches exactly 0",
+        "": "keep the operation's input away from the point where it is infinite: clamp it, or add "
+        "an eps",
+    }
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """A forward operation in a wide enough type."""
+        return bool(data["what"] == "operation" and data["phase"] == "forward" and not _low(data))
+
+    def message(self, data: dict[str, Any]) -> str:
+        """The operation and its inputs."""
+        return (
+            f"{data['operation']}{_in(data)} makes non-finite values of finite ones "
+            f"({_range(data)}) in the forward"
+        )
+
+
+class SingularBackward(_Forensic):
+    """The forward is finite, and the derivative of one of its operations is not.
+
+    ## What it does
+    Takes the gradient once more under node hooks (once at each line whose graph holds an operation
+    with a singular derivative, and after a fault) and names the first node that makes non-finite
+    gradients of finite ones. For a meta-gradient this may be the derivative of a derivative: norm
+    has a finite first derivative at 0 in torch, and no second one.
+
+    ## Why it is bad
+    The loss looks healthy at the very step that destroys the weights. `where` does not help: the
+    branch that is not taken is differentiated too, and 0 * inf is NaN.
+
+    ## Example
+    ```python
+    d = ((a - b) ** 2).sum(-1).sqrt()            # a == b: derivative 1 / (2 * 0)
+    ```
+
+    ## Use instead
+    ```python
+    d = (((a - b) ** 2).sum(-1) + 1e-12).sqrt()
+    ```
+
+    ## References
+    pytorch/pytorch#23395 on where and NaN gradients.
+    """
+
+    code = "FX003"
+    name = "singular-backward-operation"
+    cause = "singular-backward"
+    fixes: ClassVar[dict[str, str]] = {
+        "sqrt": "y = (x + 1e-12).sqrt()                          # the derivative at 0 is infinite\n"
+        "y = torch.where(x > 0, x, 1.0).sqrt() * (x > 0)   # or a safe value before the root",
+        "norm": "penalty = (w.square().sum() + 1e-12).sqrt()   # or w.square().sum()",
+        "pow": "y = (x.abs() + 1e-6) ** p      # or a smooth form: (x * x + 1e-6) ** (p / 2)",
+        "std": "s = (x.var(unbiased=False) + 1e-6).sqrt()",
+        "": "give the operation a safe input: x = torch.where(ok, x, 1.0) before it, not only after",
+    }
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """A backward, first or second."""
+        backward = data["phase"] in ("backward", "second backward") and not _low(data)
+        return bool(data["what"] == "operation" and backward)
+
+    def message(self, data: dict[str, Any]) -> str:
+        """The operation, which derivative, and its inputs."""
+        order = "second derivative" if data["phase"] == "second backward" else "derivative"
+        verb = "is" if data["certain"] else "is most likely"
+        reached = f", and the gradient of {data['layers'][0]} not finite" if data["layers"] else ""
+        return f"the {order} of {data['operation']} {verb} infinite here ({_range(data)}){reached}"
+
+
+class ZeroSecondMoment(_Forensic):
+    """A differentiable Adam or RMSprop takes the root of a second moment that is exactly zero.
+
+    ## What it does
+    As FX003, where the operation with the infinite derivative lies between an inner gradient and
+    the weights it updates.
+
+    ## Why it is bad
+    Units that never fire and features that never occur have a gradient of exactly 0. The update is
+    0 / (0 + eps) and harmless; its derivative is NaN, and with it the whole meta-gradient.
+
+    ## Example
+    ```python
+    update = lr * m / (v.sqrt() + eps)
+    ```
+
+    ## Use instead
+    ```python
+    update = lr * m / (v + eps_root).sqrt()      # torchopt: MetaAdam(net, lr, eps_root=1e-8)
+    ```
+
+    ## References
+    facebookresearch/higher#125; metaopt/torchopt#26.
+    """
+
+    code = "FX004"
+    name = "zero-second-moment"
+    cause = "adam-sqrt-zero"
+    fixes: ClassVar[dict[str, str]] = {
+        "": "update = lr * m / (v + 1e-8).sqrt()      # eps under the root, not beside it\n"
+        "inner = torchopt.MetaAdam(net, lr=lr, eps_root=1e-8)   # with TorchOpt"
+    }
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """A singular derivative in the update."""
+        return bool(data["what"] == "operation" and data["phase"] == "update" and not _low(data))
+
+    def message(self, data: dict[str, Any]) -> str:
+        """The root and what was under it."""
+        zeros = f"{data['zeros']} of {data['elements']} second moments are exactly 0"
+        seen = zeros if data["zeros"] else "second moments reach 0"
+        return (
+            f"the inner optimizer's {data['operation']} has an infinite derivative ({seen}): "
+            "the meta-gradient is not finite"
+        )
+
+
+class LowPrecision(_Forensic):
+    """A half-precision number overflowed, or was rounded to zero where that is fatal.
+
+    ## What it does
+    As FX002, where the operation's output is float16 or bfloat16; and where a finite gradient
+    and a finite weight in such a type make a non-finite weight (Adam's eps of 1e-8 is 0 in
+    float16: 0 / 0).
+
+    ## Why it is bad
+    float16 ends at 65504: squares overflow from 256 on, attention scores sooner.
+
+    ## Example
+    ```python
+    loss = ((net.half()(x) - y) ** 2).mean()     # (420) ** 2 = 176400 > 65504
+    ```
+
+    ## Use instead
+    ```python
+    loss = F.mse_loss(net(x).float(), y.float())  # or bfloat16, or autocast with float32 weights
+    ```
+
+    ## References
+    Micikevicius et al., Mixed Precision Training, ICLR 2018 (arXiv:1710.03740).
+    """
+
+    code = "FX005"
+    name = "low-precision-overflow"
+    cause = "low-precision"
+    fixes: ClassVar[dict[str, str]] = {
+        "update": "learner = copy.deepcopy(model).float()   # step in float32, compute in half\n"
+        "opt = torch.optim.Adam(learner.parameters(), lr=lr, eps=1e-4)   # or an eps float16 has",
+        "": "with torch.autocast('cuda', dtype=torch.bfloat16):   # the range of float32\n"
+        "loss = F.mse_loss(prediction.float(), target.float())   # or this operation in float32",
+    }
+
+    def takes(self, data: dict[str, Any]) -> bool:
+        """Anything made in half precision."""
+        return _low(data)
+
+    def message(self, data: dict[str, Any]) -> str:
+        """The operation, its type and its inputs."""
+        dtype = data["dtype"]
+        if data["what"] == "update":
+            return f"the update makes {dtype} weights non-finite of finite gradients ({_range(data)})"
+        return f"{data['operation']}{_in(data)} overflows {dtype} ({_range(data)}; {_LOW[dtype]})"
+
+
+class BelowOneUlp(Rule):
+    """Half-precision updates are smaller than the spacing of the weights: nothing moves.
+
+    ## What it does
+    Looks for tasks whose every update is exactly zero although there are gradients, on float16 or
+    bfloat16 weights.
+
+    ## Why it is bad
+    bfloat16 keeps 8 bits: a weight of 0.5 moves in steps of 0.004. A smaller update is rounded
+    away, and the loop runs without adapting.
+
+    ## Example
+    ```python
+    net = net.to(torch.bfloat16)
+    p = p - 1e-3 * g                             # |1e-3 * g| below 0.002 is lost
+    ```
+
+    ## Use instead
+    ```python
+    net = net.float()                            # and autocast for the forward
+    ```
+
+    ## References
+    Micikevicius et al., Mixed Precision Training, ICLR 2018, section 3.1 (arXiv:1710.03740).
+    """
+
+    code = "FX006"
+    name = "update-below-one-ulp"
+    severity = Severity.WARNING
+    cause = "low-precision"
+
+    def check(self, frame: Frame) -> Iterator[Finding]:
+        """One finding a task, at its first step that moved nothing."""
+        block = frame.block
+        low = np.asarray([info.dtype in _LOW for info in block.layout.parameters], dtype=bool)
+        if not low.any() or not len(block):
+            return
+        gradient, update = block.parameters["gradient_norm"], block.parameters["update_norm"]
+        present = (gradient > 0) & (update != MISSING) & low
+        still = present & (update == 0)
+        hit = frame.support & present.any(1) & (still.sum(1) == present.sum(1))
+        for row in frame.first_rows(hit):
+            column = int(np.flatnonzero(still[row])[0])
+            info = block.layout.parameters[column]
+            yield self.at(
+                frame,
+                row,
+                f"no {info.dtype} weight moved at step {int(frame.step[row])}, with gradients up to "
+                f"{gradient[row].max():.3g}: the updates are below half a unit in the last place",
+                "the update is rounded away",
+                layer=frame.layer(column),
+                evidence={
+                    "dtype": info.dtype,
+                    "gradient_norm": float(gradient[row].max()),
+                    "update_norm": 0.0,
+                },
+                fix="net = net.float()   # keep weights in float32, autocast the forward",
+            )
+
+
+__all__ = [
+    "BelowOneUlp",
+    "LowPrecision",
+    "NonFiniteInput",
+    "SingularBackward",
+    "SingularForward",
+    "ZeroSecondMoment",
+]
