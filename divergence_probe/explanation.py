@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from divergence_probe.diagnosis.diagnosis import Diagnosis
+from divergence_probe.rules import raised_explanations
+from divergence_probe.rules.finding import Finding
+
+_WIDTH = 88
 
 
 def explain(error: BaseException, diagnosis: Diagnosis) -> str | None:
@@ -15,8 +21,23 @@ def explain(error: BaseException, diagnosis: Diagnosis) -> str | None:
     raised = diagnosis.exception
     if raised is None or not raised.inner_loop or not isinstance(error, Exception):
         return None
-    done = diagnosis.summary
-    return (
-        f"probe: {type(error).__name__} was raised inside an inner loop (task "
-        f"{max(done.tasks - 1, 0)}; {done.inner_steps:,} inner steps were taken before it)."
-    )
+    finding = next((f for f in diagnosis.findings if f.rule == "EX001"), None)
+    lines = [f"probe: {raised.type} was raised inside an inner loop{_where(finding, diagnosis)}."]
+    known = raised_explanations.explain(raised.message)
+    meaning = known.meaning if known is not None else ""
+    fix = known.fix if known is not None else ""
+    if finding is not None and finding.fix:  # it also knows the layer and the parameters
+        meaning, fix = finding.message, finding.fix
+    lines += textwrap.wrap(meaning, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    for number, line in enumerate(fix.splitlines()):
+        lines.append(f"  {'Fix: ' if number == 0 else '     '}{line}")
+    return "\n".join(lines)
+
+
+def _where(finding: Finding | None, diagnosis: Diagnosis) -> str:
+    done = diagnosis.summary.inner_steps
+    before = f"{done:,} inner step{'s' * (done != 1)} taken before it"
+    if finding is None:
+        return f" ({before})"
+    at = f", layer {finding.layer}" if finding.layer else ""
+    return f" (task {finding.task}, step {finding.step}{at}; {before})"

@@ -29,7 +29,8 @@ from divergence_probe.version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from divergence_probe.observe.session import Session
+    from divergence_probe.observe.raised import InnerLines
+    from divergence_probe.observe.session import Session, Task
 
 Level = Literal["error", "warning"]
 
@@ -155,6 +156,7 @@ class _Watch:
         self._observer: Any = None
         self._writer: Writer | None = None
         self._folder: Path | None = None
+        self._lines: InnerLines | None = None
         self._seconds = 0.0
         self._exception: ExceptionReport | None = None
 
@@ -162,6 +164,7 @@ class _Watch:
         # torch is imported here and not with the package: pytest imports the package on every run.
         from divergence_probe.observe.guard import Guard
         from divergence_probe.observe.observer import Observer
+        from divergence_probe.observe.raised import InnerLines
         from divergence_probe.observe.session import Session
 
         folder = self._probe._output
@@ -170,6 +173,7 @@ class _Watch:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
         self._writer = Writer(folder, self._meta(), force=self._probe._force)
+        self._lines = InnerLines()
         self._session = Session(self, Guard())
         self._session.eager = self._probe._raise_on is not None
         for model in models:
@@ -180,7 +184,8 @@ class _Watch:
 
     def block(self, block: Block) -> None:
         """Take a closed block from the session (it is the session's sink)."""
-        assert self._writer is not None and self._session is not None
+        assert self._writer is not None and self._session is not None and self._lines is not None
+        self._lines.feed(block)
         self._writer.block(block, [x.to_json() for x in self._session.models.layouts])
         fresh = self._analysis.feed(block)
         for finding in fresh:
@@ -204,13 +209,16 @@ class _Watch:
         session = self._session
         assert session is not None and self._writer is not None
         guard = session.guard
-        if error is not None and not isinstance(error, DivergenceDetected | SystemExit):
-            self._exception = _exception(error, session)
+        if isinstance(error, DivergenceDetected | SystemExit):
+            error = None
         level, self._probe._raise_on = self._probe._raise_on, None
         try:
             if guard.active:
+                tasks = list(session.open)
                 with guard.work():
                     session.close()
+                with guard.work():
+                    self._note_exception(error, tasks)
         finally:
             self._probe._raise_on = level
         self._observer.uninstall()
@@ -225,6 +233,43 @@ class _Watch:
         self._writer.close(
             {"seconds": self._seconds, "overhead_fraction": self._overhead(), **self._ending()}
         )
+
+        if error is not None and self._exception is None:
+            self._exception = ExceptionReport(type(error).__name__, str(error), False)
+
+    def _note_exception(self, error: BaseException | None, tasks: list[Task]) -> None:
+        """Say what ended the block, and record it where it came out of an inner loop."""
+        from divergence_probe.observe.raised import examine
+        from divergence_probe.rules.raised_explanations import explain
+
+        session, lines = self._session, self._lines
+        if error is None or session is None or lines is None:
+            return
+        raised = examine(error, session, lines, tasks)
+        known = explain(str(error), raised.module)
+        # Ctrl-C lands anywhere, and says nothing of the loop it happens to land in.
+        inner = isinstance(error, Exception) and (
+            raised.place == "inside"
+            or (known is not None and (known.inner or raised.place == "near"))
+        )
+        name = type(error).__name__
+        self._exception = ExceptionReport(name, str(error), inner, raised.site)
+        if inner:
+            last = tasks[-1] if tasks else None
+            session.event(
+                "raised",
+                site=raised.number(session),
+                type=name,
+                message=str(error)[:2000],
+                inner_loop=True,
+                own=raised.own,
+                layer=raised.layer,
+                module=raised.module,
+                unused=list(raised.unused),
+                in_task=max(last.index if last is not None else lines.task, 0),
+                at_step=last.steps if last is not None else lines.steps,
+            )
+            session.flush()
 
     def _ending(self) -> dict[str, Any]:
         exception = self._exception
@@ -272,18 +317,3 @@ class _Watch:
             "complete": False,
             **self._probe._extra_meta,
         }
-
-
-def _exception(error: BaseException, session: Session) -> ExceptionReport:
-    """What ended the block, and whether it came out of an inner loop."""
-    site = None
-    inner = False
-    traceback = error.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if not session.sites.foreign(code):
-            site = f"{code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    # Ctrl-C lands anywhere, and says nothing of the loop it happens to land in.
-    inner = bool(session.open) and isinstance(error, Exception)
-    return ExceptionReport(type(error).__name__, str(error), inner, site)

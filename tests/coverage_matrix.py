@@ -149,9 +149,7 @@ def _differences(step: Step, row: _Row) -> tuple[str, str]:
         ("before", step.before, row.before),
         ("after", step.after, row.after),
     ):
-        if not set(mine) <= set(theirs) and len(mine) == len(theirs):
-            theirs = dict(zip(mine, theirs.values(), strict=True))  # no module to name them after
-            wrong = wrong if set(row.before) & set(step.before) == set() else "names differ"
+        theirs = _as_named(theirs, mine)
         for name, value in mine.items():
             other = theirs.get(name, math.nan)
             if math.isnan(other):
@@ -162,6 +160,20 @@ def _differences(step: Step, row: _Row) -> tuple[str, str]:
         if extra:
             wrong = wrong or f"{what} of {extra[0]}, which did not take part"
     return wrong, absent
+
+
+def _as_named(recorded: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+    """Recorded values under the loop's own names.
+
+    Where no module owns the tensors they are named by position, and parts of a module by their
+    names in that part.
+    """
+    if len(recorded) != len(own) or set(recorded) == set(own):
+        return recorded
+    named = zip(recorded, own, strict=True)
+    if all(theirs.startswith("param[") or mine.endswith(f".{theirs}") for theirs, mine in named):
+        return dict(zip(own, recorded.values(), strict=True))
+    return recorded
 
 
 def page(results: dict[Cell, Result]) -> str:

@@ -26,9 +26,9 @@ def _clip(
 ) -> Callable[..., Any]:
     guard = session.guard
 
-    def clip(parameters: Any, bound: float, *args: Any, **kwargs: Any) -> Any:
+    def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not guard.watching:
-            return original(parameters, bound, *args, **kwargs)
+            return original(parameters, *args, **kwargs)
         tensors: list[Tensor] = []
         with guard.work():
             if not isinstance(parameters, Tensor):
@@ -36,8 +36,9 @@ def _clip(
             tensors = [parameters] if isinstance(parameters, Tensor) else parameters
             largest = _largest(tensors) if changed is _by_value else None
         with guard.inside():
-            result = original(parameters, bound, *args, **kwargs)
+            result = original(parameters, *args, **kwargs)
         with guard.work():
+            bound = args[0] if args else kwargs.get("max_norm", kwargs.get("clip_value"))
             session.clipped = changed(result, largest, float(bound))
         return result
 

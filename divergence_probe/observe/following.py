@@ -41,6 +41,9 @@ _IN_PLACE_NAMES = frozenset(
 )
 
 
+#: Operations whose result carries no graph.
+_DETACHING = frozenset({"detach", "detach_", "data.__get__"})
+
 #: Operations that bound a gradient element by element.
 _CLIPPING = frozenset({"clamp", "clip", "clamp_", "clip_", "hardtanh"})
 
@@ -63,6 +66,7 @@ class Learned:
         optimizer: parameters of the optimizer that takes the step, so that there is nothing to
             follow; None where none does.
         functional: whether updates make new tensors.
+    piecewise: whether each parameter's gradient is a call by itself.
         confirmed: how often what was learned turned out right.
     """
 
@@ -72,6 +76,7 @@ class Learned:
     previous_steps: int | None = None
     optimizer: list[weakref.ref[Tensor]] | None = None
     functional: bool | None = None
+    piecewise: bool = False
     confirmed: int = 0
 
     def task_took(self, steps: int) -> None:
@@ -82,10 +87,14 @@ class Learned:
 
 @dataclass(slots=True)
 class Candidate:
-    """What may be a parameter's updated tensor: the user's, weakly, and its value."""
+    """What may be a parameter's updated tensor: the user's, weakly, and its value.
+
+    ``cut`` where the gradient in it was detached: then it is first order whatever the graph was.
+    """
 
     tensor: weakref.ref[Tensor]
     value: Tensor
+    cut: bool = False
 
 
 @dataclass
@@ -116,6 +125,7 @@ class Pending:
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
+    of_base: whether its inputs are the base of earlier tasks.
     """
 
     site: int
@@ -138,6 +148,7 @@ class Pending:
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
+    of_base: bool = False
 
     def __post_init__(self) -> None:
         missing = len(self.inputs) - len(self.candidates)
@@ -148,6 +159,11 @@ class Pending:
     def updated(self) -> bool:
         """Whether anything looks like an update so far."""
         return any(self.writes) or any(self.candidates)
+
+    @property
+    def computed(self) -> bool:
+        """Whether new values were computed, but not written into the parameters yet."""
+        return any(self.candidates) and not any(self.writes)
 
     def is_input(self, tensor: Tensor) -> int | None:
         """Which input ``tensor`` is, by identity."""
@@ -165,22 +181,27 @@ class Follower(TorchFunctionMode):
         self._guard = guard
         self._pending: Pending | None = None
         self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
-        self._storages: dict[int, int] = {}
+        self._cut: set[int] = set()
+        self._storages: dict[int, list[int]] = {}
         self._pushed = False
         self._handling = 0
 
     def follow(self, pending: Pending, gradients: Sequence[Tensor | None]) -> None:
-        """Start (or go on) following ``pending``; ``gradients`` are the user's own tensors."""
+        """Start (or go on) following ``pending``; ``gradients`` are the user's own tensors.
+
+        They are those of the last call: where there is one a parameter, of the last inputs.
+        """
         if self._pending is not pending:
             self._pending, self._tags, self._storages = pending, {}, {}
+            self._cut = set()
         for index, reference in enumerate(pending.inputs):
             tensor = reference()
             if tensor is not None:
                 self._tag(tensor, frozenset((index,)), frozenset())
                 pointer = _storage(tensor)
                 if pointer:
-                    self._storages[pointer] = index
-        for index, gradient in enumerate(gradients):
+                    self._storages.setdefault(pointer, []).append(index)
+        for index, gradient in enumerate(gradients, len(pending.inputs) - len(gradients)):
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
         if not self._pushed and not _get_current_function_mode_stack():
@@ -192,6 +213,7 @@ class Follower(TorchFunctionMode):
     def stop(self) -> None:
         """Forget what was followed, and leave the mode stack if we are on top of it."""
         self._pending, self._tags, self._storages = None, {}, {}
+        self._cut = set()
         if self._pushed and not self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
             stack = _get_current_function_mode_stack()
@@ -230,10 +252,12 @@ class Follower(TorchFunctionMode):
         gradients: frozenset[int] = frozenset()
         # What is overwritten does not matter to the value that comes out, only what it is made of.
         sources = args[1:] if name in _OVERWRITES else args
+        cut = name in _DETACHING or not self._guard.differentiable
         for tensor in _tensors(sources, kwargs):
             tag = self._tags.get(id(tensor))
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
+                cut |= bool(tag[2]) and id(tensor) in self._cut
                 if name in _WEIGHT_OPERATIONS:
                     self._used(pending, tensor)
         if _is_in_place(name, kwargs) and args and isinstance(args[0], Tensor):
@@ -246,6 +270,8 @@ class Follower(TorchFunctionMode):
         if gradients and name in ("numpy", "tolist", "__array__"):
             pending.escaped = True
         for tensor in _results(result):
+            if cut and gradients:
+                self._cut.add(id(tensor))
             self._made(pending, tensor, parameters, gradients)
 
     def _foreach(self, pending: Pending, name: str, args: Any, result: Any) -> None:
@@ -278,20 +304,34 @@ class Follower(TorchFunctionMode):
         """``target`` was overwritten: an update if its memory is a parameter's."""
         index = pending.is_input(target) if name == "data.__set__" else None
         if index is None:
-            index = self._storages.get(_storage(target))
+            index = self._parameter_at(pending, target)
         if index is not None and self._updates(pending, index, name, gradients):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
             pending.written[index] = batched(target, pending.width).detach().clone()
         self._tag(target, parameters, gradients)
 
+    def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:
+        """Whose memory ``target`` is; several parameters may be views of one vector."""
+        indices = self._storages.get(_storage(target), [])
+        if len(indices) == 1:
+            return indices[0]
+        address = plain(target).data_ptr() if indices else 0
+        for index in indices:
+            tensor = pending.inputs[index]()
+            if tensor is not None and plain(tensor).data_ptr() == address:
+                return index
+        return None
+
     def _updates(
         self, pending: Pending, index: int, name: str, gradients: frozenset[int]
     ) -> bool:
         """Whether a write is (part of) the update, and not a restore of older values."""
+        if name in _OVERWRITES and pending.writes[index]:
+            return False  # the update is complete: this restores or moves the weights
         if gradients or pending.escaped:
             return True
-        return bool(pending.writes[index]) and name not in _OVERWRITES
+        return bool(pending.writes[index])
 
     def _made(
         self,
@@ -303,15 +343,16 @@ class Follower(TorchFunctionMode):
         if not parameters and not gradients:
             return
         self._tag(tensor, parameters, gradients)
-        if self._storages.get(_storage(tensor)) is not None:
+        if self._parameter_at(pending, tensor) is not None:
             return  # a view or an alias of the parameter itself
         for index in parameters & gradients:
             before = pending.before[index]
             known = pending.candidates[index]
-            same = tensor.shape == before.shape or tensor.shape == before.shape[1:]
+            same = tensor.shape == (before.shape if pending.width == 1 else before.shape[1:])
+            same |= tensor.shape == before.shape
             if same and not any(candidate.tensor() is tensor for candidate in known):
                 value = batched(tensor, pending.width).detach()
-                known.append(Candidate(weakref.ref(tensor), value))
+                known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
 
     def _used(self, pending: Pending, tensor: Tensor) -> None:
         for index, candidates in enumerate(pending.candidates):

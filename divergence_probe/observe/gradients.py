@@ -111,13 +111,13 @@ class _Gradients:
                     inputs = tensors  # an iterator can be read only once
                 loss = _first_tensor(outputs)
                 self._open("grad", loss, tensors)
-                self._forensics.before(loss, tensors, names=self._names(tensors))
+                self._forensics.before(loss, tensors, names=self._names)
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
                 self._note("grad", _first_tensor(outputs), tensors, made)
-                self._forensics.after(loss, tensors, made, self._names(tensors))
+                self._forensics.after(loss, tensors, made, self._names)
             return result
 
         return grad
@@ -135,7 +135,8 @@ class _Gradients:
         watched = not isinstance(inputs, dict) and self._guard.watching
         if watched:
             with self._guard.work():
-                self._forensics.before(_first_tensor(outputs), tensors, names=self._names(tensors))
+                loss = _first_tensor(outputs)
+                self._forensics.before(loss, tensors, names=self._names, library=True)
         result = original(outputs, inputs, *args, **kwargs)
         if watched:
             taken.note(tensors, result)
@@ -150,6 +151,7 @@ class _Gradients:
             if not self._passes():
                 with self._guard.work():
                     self._loops.stop_following()
+                    self._forensics.leave()
             return original(*args, **kwargs)
 
         return backward
@@ -162,6 +164,10 @@ class _Gradients:
                 return original(tensors, *args, **kwargs)
             reached: list[Tensor] = []
             carried: list[tuple[Tensor, Tensor]] = []
+
+            def parameters() -> Sequence[Tensor]:
+                return reached or self._reached(tensors, kwargs.get("inputs"))
+
             with self._guard.work():
                 stepped = self._loops.learned_here().optimizer
                 if stepped is None:
@@ -171,15 +177,13 @@ class _Gradients:
                     there = [t for reference in stepped if (t := reference()) is not None]
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
                 self._open("backward", _first_tensor(tensors), reached)
-                self._forensics.before(_first_tensor(tensors), there, names=self._names(there))
+                self._forensics.before(_first_tensor(tensors), parameters, names=self._names)
             with self._guard.gradient_call():
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
                 self._note("backward", _first_tensor(tensors), reached, made, carried)
-                written = [tensor.grad for tensor in there]
-                names = self._names(there)
-                self._forensics.after(_first_tensor(tensors), there, written, names)
+                self._forensics.after(_first_tensor(tensors), parameters, None, self._names)
             return result
 
         return backward
@@ -243,14 +247,14 @@ class _Gradients:
         def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._passes():
                 return original(outputs, inputs, *args, **kwargs)
-            names = self._names(self._functional.inputs)
             loss, tensors = _first_tensor(outputs), _tensors(inputs)
             with self._guard.work():
-                self._forensics.before(loss, tensors, names=names)
+                sources = self._functional.inputs
+                self._forensics.before(loss, tensors, names=self._names, sources=sources)
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
-                self._forensics.after(loss, tensors, _tensors(result), names)
+                self._forensics.after(loss, tensors, _tensors(result), self._names)
             return result
 
         return _autograd_grad
@@ -270,14 +274,17 @@ class _Gradients:
         if len(inputs) == len(gradients):
             self._loops.gradient(function, loss, inputs, gradients, carried=carried)
 
-    def _names(self, inputs: Sequence[Tensor]) -> Callable[[], Sequence[str]]:
-        """Names of parameters, looked up only when asked for."""
-
-        def names() -> Sequence[str]:
-            known, positions = self._loops.name(inputs, inputs)
-            return [known.layout.parameters[position].name for position in positions]
-
-        return names
+    def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
+        """Positions and names of parameters in their model."""
+        inputs = self._functional.inputs or inputs
+        found = [self._session.models.find(tensor) for tensor in inputs]
+        if any(found) and not all(found):  # a library's state among the leaves has no name
+            return [
+                (f[1], f[0].layout.parameters[f[1]].name) if f is not None else (-1, "")
+                for f in found
+            ]
+        known, positions = self._loops.name(inputs, inputs)
+        return [(position, known.layout.parameters[position].name) for position in positions]
 
     def _library_query(self, loss: Tensor | None) -> None:
         """A gradient outside a library's own step is taken of the query of its open task."""

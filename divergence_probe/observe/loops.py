@@ -21,9 +21,11 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.tensors import base_of, batched, physical
+from divergence_probe.observe.tensors import base_of, batched, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
+# A gradient may be taken twice at one point for a reason; five inner steps take it five times.
+_REPETITIONS = 3
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
 
 
@@ -36,6 +38,8 @@ class _Thread(threading.local):
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
+        self.unused: tuple[object, ...] = ()
+        self.repeated = 0
 
 
 class Loops:
@@ -47,6 +51,7 @@ class Loops:
         self._learned: dict[int, Learned] = {}
         self._in_place = Nesting(session)
         session.closing.append(self.close)
+        session.restoring.append(self._restored)
 
     @property
     def pending(self) -> Pending | None:
@@ -65,12 +70,12 @@ class Loops:
     def opening(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
         """A gradient is about to be taken: what was being followed is complete by now."""
         thread = self._thread
-        if thread.follower is not None:
-            thread.follower.stop()
         thread.forwards = self._session.loose.forwards.split_for(loss, self._foreign_to(inputs))
         pending = thread.pending
         thread.extends = pending is not None and self._extends(pending, function, loss, inputs)
         if not thread.extends:
+            if thread.follower is not None:
+                thread.follower.stop()
             self.settle(inputs)
 
     def gradient(
@@ -93,10 +98,22 @@ class Loops:
             pending = self._begin(function, loss, inputs, gradients, forwards)
             pending.carried = [(weakref.ref(leaf), gradient) for leaf, gradient in carried]
             thread.pending = pending
+        if pending.inputs and all(gradient is None for gradient in gradients):
+            self._runs_base_weights(loss, inputs)
         if self._needs_following(pending):
             if thread.follower is None:
                 thread.follower = Follower(self._session.guard)
             thread.follower.follow(pending, gradients)
+
+    def _runs_base_weights(self, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
+        """No parameter got a gradient: note where the loss depends on what they were copied from."""
+        models = self._session.models
+        bases = [base for t in inputs if (base := base_of(t) or models.origin_of(t)) is not None]
+        if loss is None or not bases:
+            return
+        reached = {id(leaf) for leaf in leaves(loss)}
+        if any(id(base) in reached for base in bases):
+            self._session.runs_base_weights(bases, self._session.sites.here())
 
     def _begin(
         self,
@@ -118,7 +135,8 @@ class Loops:
             site=site,
             function=function,
             inputs=[weakref.ref(tensor) for tensor in inputs],
-            before=[_kept(batched(t, width), copy or self._is_base(t)) for t in inputs],
+            # A leaf may be the base, which an outer step overwrites before it is measured.
+            before=[_kept(batched(t, width), copy or t.is_leaf) for t in inputs],
             gradients=[_kept(batched(g, width), copy) if g is not None else None for g in gradients],
             loss=physical(loss)[0].detach() if loss is not None and scalar else None,
             loss_of=weakref.ref(loss) if loss is not None else None,
@@ -129,10 +147,6 @@ class Loops:
         )
         self._place(pending, inputs)
         return pending
-
-    def _is_base(self, tensor: Tensor) -> bool:
-        """Whether an outer step may overwrite the tensor before it is measured."""
-        return tensor.is_leaf and self._session.models.find(tensor) is not None
 
     def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
         """Tells weights of another open task from those a gradient of ``inputs`` can go through."""
@@ -151,6 +165,8 @@ class Loops:
             pending.task = task
         elif inputs:
             pending.named = self.name(inputs, inputs)
+            # An in-place update of these is an outer step by hand.
+            pending.of_base = base_among(self._session.bases, inputs) is not None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
             self._session.name_forwards(pending.forwards, known, pending.task)
@@ -183,6 +199,7 @@ class Loops:
             if isinstance(pending.loss, Tensor) and loss is not None and loss.numel() == 1:
                 pending.loss = pending.loss + loss.detach()
             return
+        pending.learned.piecewise = True
         for tensor, gradient in zip(inputs, gradients, strict=True):
             pending.inputs.append(weakref.ref(tensor))
             pending.before.append(_kept(batched(tensor, pending.width), True))
@@ -201,6 +218,8 @@ class Loops:
         learned = pending.learned
         if learned.optimizer is not None or not pending.inputs:
             return False
+        if learned.piecewise:
+            return True  # the next call shows one parameter's update only
         task = self._thread.task
         if learned.functional and learned.steps and learned.confirmed > 1 and task is not None:
             position = task.steps if pending.task is task else 0
@@ -241,7 +260,7 @@ class Loops:
 
     def _step(self, pending: Pending, update: Update) -> None:
         session, thread = self._session, self._thread
-        if update.in_place and self._moves_a_base(pending):
+        if update.in_place and pending.of_base:
             self._outer(pending, update)
             return
         task = pending.task
@@ -274,6 +293,8 @@ class Loops:
         """Whether the gradient was taken of the task's own fast weights."""
         if task.ended or not task.inputs:
             return False
+        if pending.width > 1:
+            return self._continues_batched(task, pending)
         fast = {id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None}
         inputs = [reference() for reference in pending.inputs]
         ours = [i for i, tensor in enumerate(inputs) if id(tensor) in fast]
@@ -286,6 +307,13 @@ class Loops:
             for i in ours
             if i < len(task.positions)
         )
+
+    def _continues_batched(self, task: Task, pending: Pending) -> bool:
+        """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""
+        after = task.last.after if task.last is not None else ()
+        left = {t.data_ptr() for t in after if t is not None and t.numel()}
+        inputs = [tensor for r in pending.inputs if (tensor := r()) is not None]
+        return any(physical(tensor)[0].data_ptr() in left for tensor in inputs)
 
     def _start(self, pending: Pending, in_place: bool) -> Task:
         session, thread = self._session, self._thread
@@ -303,6 +331,8 @@ class Loops:
             in_place=in_place,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
+        if own:
+            session.adapted_by_hand.add(known)
         thread.task = task
         self._in_place.began(task, pending.before)
         return task
@@ -356,11 +386,6 @@ class Loops:
         base = base_of(tensor)
         return base if base is not None else tensor
 
-    def _moves_a_base(self, pending: Pending) -> bool:
-        """Whether an in-place update moves the base of earlier tasks: an outer step by hand."""
-        inputs = [reference() for reference in pending.inputs]
-        return base_among(self._session.bases, inputs) is not None
-
     def _outer(self, pending: Pending, update: Update) -> None:
         self.end_task()
         tensors = [reference() for reference in pending.inputs]
@@ -378,11 +403,47 @@ class Loops:
 
     def not_a_step(self, pending: Pending) -> None:
         """No inner update followed: the gradient was the query's (or the outer step's)."""
-        task = self._thread.task
-        if task is not None and not task.ended and task.steps:
+        self._count_repetition(pending)
+        task = self._queried(pending)
+        if task is not None and task.steps:
             forwards = self._used_by(task)
             forwards.extend(pending.forwards)
             self._session.query(task, forwards, pending.loss, pending.site, pending.flags)
+
+    def _count_repetition(self, pending: Pending) -> None:
+        """Note a gradient taken again and again at one point, with the very same loss."""
+        thread = self._thread
+        loss = pending.loss
+        if not isinstance(loss, Tensor) or loss.device.type != "cpu" or loss.numel() != 1:
+            return
+        key = (pending.site, tuple(map(id, (r() for r in pending.inputs))), float(loss))
+        thread.repeated = thread.repeated + 1 if key == thread.unused else 1
+        thread.unused = key
+        if thread.repeated == _REPETITIONS:
+            times = thread.repeated
+            self._session.event(
+                "repeated-gradient", self._queried(pending), pending.site, times=times
+            )
+
+    def _queried(self, pending: Pending) -> Task | None:
+        """The task whose query a gradient without an update was taken of."""
+        task = self._thread.task
+        if task is not None and not task.ended:
+            return task
+        inputs = {id(t) for r in pending.inputs if (t := r()) is not None}
+        for task in reversed(self._session.open):
+            if any(r is not None and id(r()) in inputs for r in task.fast):
+                return task
+        return None
+
+    def _restored(self, task: Task) -> None:
+        """The weights a task adapted in place are about to be loaded anew."""
+        pending = self._thread.pending
+        if pending is not None and pending.task is task and pending.computed:
+            return  # that is how this loop takes its step
+        if task is self._thread.task:
+            self.settle()
+            self.end_task()
 
     def close(self) -> None:
         """The run is over."""

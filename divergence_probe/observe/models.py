@@ -33,6 +33,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module below runs a compiled call (or a forward) stored on the instance.
+
+    Such a call is bound to the instance it was made from, and copied with it.
+    """
+    return any(
+        module.__dict__.get("_compiled_call_impl") is not None or "forward" in module.__dict__
+        for module in model.modules()
+    )
+
+
 def describe(name: str, tensor: Tensor, kind: str = "") -> ParameterInfo:
     """The parts of a parameter that are recorded once."""
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -85,6 +96,7 @@ class Models:
         self._searched: set[int] = set()
         self._search_seconds = 0.0
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+        self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
     def register(self, model: nn.Module) -> KnownModel:
@@ -179,6 +191,20 @@ class Models:
             weakref.ref(copy, lambda _: self._copies.pop(key, None)),
             weakref.ref(origin),
         )
+
+    def note_module_copy(self, copy: nn.Module) -> None:
+        """``copy`` is a deep copy of a model: its modules keep the names they have in it."""
+        for name, module in copy.named_modules():
+            key = id(module)
+            self._copied_modules[key] = (
+                weakref.ref(module, lambda _, key=key: self._copied_modules.pop(key, None)),  # type: ignore[misc]
+                name,
+            )
+
+    def copied_name(self, module: nn.Module) -> str | None:
+        """The name a deep-copied module has in its model, or None."""
+        entry = self._copied_modules.get(id(module))
+        return entry[1] if entry is not None and entry[0]() is module else None
 
     def origin_of(self, tensor: Tensor) -> Tensor | None:
         """What ``tensor`` was deep-copied from, if it is a copy."""

@@ -34,18 +34,26 @@ class Nesting:
             return
         values = [tensor for tensor in before if tensor is not None]
         if task.provisional:
-            earlier = [
-                other
-                for other, start in self._starts
-                if other.known.layout is task.known.layout and _equal(start, values)
-            ]
-            same = [other for other in self.tasks if other.known is task.known]
-            runs = [other.steps for other in same[-_EQUAL_RUNS:]]
-            if earlier or (len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN):
-                for other in (*earlier, *same, task):
-                    self._session.confirm(other)
+            same = [start for start in self._starts if start[0].known is task.known]
+            for other in self._starting_over([*same, (task, values)]):
+                self._session.confirm(other)
         self.tasks = [*self.tasks[-8:], task]
         self._starts = [*self._starts[-8:], (task, values)]
+
+    def _starting_over(self, starts: Sequence[tuple[Task, list[Tensor]]]) -> list[Task]:
+        """The tasks that the last one shows to be inner loops: those since it began like this.
+
+        Either an earlier task began with the very same weights, or several runs of equally many
+        steps followed each other, with the weights moved in between.
+        """
+        tasks = [task for task, _ in starts]
+        for position, (_, values) in enumerate(starts[:-1]):
+            if _equal(values, starts[-1][1]):
+                return tasks[position:]
+        runs = [task.steps for task in tasks[-1 - _EQUAL_RUNS : -1]]
+        if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN:
+            return tasks[-1 - _EQUAL_RUNS :]
+        return []
 
     def outer_step(self) -> None:
         """An outer optimizer moved a base: copies trained before it were inner loops."""

@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from divergence_probe.observe import (
+    checkpointing,
     clipping,
+    copies,
     functional,
     gradients,
     libraries,
@@ -25,7 +27,7 @@ from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
-_INSTRUMENTS = (normalization, losses, modes, functional, clipping)
+_INSTRUMENTS = (normalization, losses, modes, functional, clipping, copies, checkpointing)
 _LOOP_INSTRUMENTS = (gradients, optimizers)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,10 @@ from divergence_probe.observe.session import Session, Task
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
-    """Watch every ``torch.optim`` step, and deep copies of parameters."""
+    """Watch every ``torch.optim`` step."""
     watch = _WATCHES[session] = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
-    patches.set_attribute(nn.Parameter, "__deepcopy__", watch.deepcopy)
 
 
 _WATCHES: weakref.WeakKeyDictionary[Session, Optimizers] = weakref.WeakKeyDictionary()
@@ -91,27 +91,49 @@ class Optimizers:
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
         session.closing.append(self.close)
+        session.restoring.append(self._restored)
 
-    def deepcopy(self, original: Any) -> Any:
-        """Remember what a deep-copied parameter was copied from."""
-        session = self._session
-
-        def __deepcopy__(self_: nn.Parameter, memo: Any) -> Any:  # noqa: N807
-            copy = original(self_, memo)
-            if session.guard.watching:
-                with session.guard.work():
-                    session.models.note_copy(copy, self_)
-            return copy
-
-        return __deepcopy__
-
-    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """torch's hook: a step of ``torch.optim`` begins."""
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """torch's hook: a step of ``torch.optim`` begins; its closure is looked into, too."""
         if self._passes():
-            return
+            return None
         with self._session.guard.work():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.begin(optimizer, _facts(optimizer), parameters)
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self.closure(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self.closure(kwargs["closure"])}
+        return None
+
+    def closure(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Look at the first call of a closure as at what precedes any other step.
+
+        Later calls (a line search) evaluate the loss at weights that are tried out.
+        """
+        step, guard = self._thread.step, self._session.guard
+        first = step is not None
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first
+            if not first or step is None:
+                with guard.inside():
+                    return original(*args, **kwargs)
+            first = False
+            guard.state.gradient -= 1
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                guard.state.gradient += 1
+            with guard.work():
+                step.pending = self._consumed(step.parameters)
+                step.gradients = [_gradient(p) for p in step.parameters]
+                if step.pending is not None:
+                    self._session.name_forwards(step.pending.forwards, step.known, None)
+            return result
+
+        return watched
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """torch's hook: the step is complete."""
@@ -138,7 +160,7 @@ class Optimizers:
 
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
-        base, positions = self._copied_from(parameters)
+        base, positions = self._copied_from(parameters, pending)
         moved = base_among(self._session.bases, parameters) if base is None else None
         if base is not None:
             known, outer = base, False
@@ -149,7 +171,9 @@ class Optimizers:
             positions = list(places.values())
         else:
             known, positions = self._loops.name(parameters, parameters)
-            outer = known in self._session.bases
+            outer = known in self._session.bases or known in self._session.adapted_by_hand
+        if pending is None and base is not None:
+            self._check_base_weights(parameters)
         if pending is not None:
             self._session.name_forwards(pending.forwards, known, None)
         return _Step(
@@ -157,7 +181,7 @@ class Optimizers:
             facts,
             parameters,
             [p.detach().clone() for p in parameters],
-            [p.grad.detach().clone() if p.grad is not None else None for p in parameters],
+            [_gradient(p) for p in parameters],
             pending,
             self._session.sites.here(),
             known,
@@ -165,6 +189,17 @@ class Optimizers:
             outer,
             base,
         )
+
+    def _check_base_weights(self, parameters: list[Tensor]) -> None:
+        """Copies are stepped without a gradient, after a backward that went into the originals."""
+        waiting = self._loops.pending
+        if waiting is None or any(parameter.grad is not None for parameter in parameters):
+            return
+        origins = [self._session.models.origin_of(parameter) for parameter in parameters]
+        reached = {id(t) for r in waiting.inputs if (t := r()) is not None}
+        bases = [origin for origin in origins if origin is not None and id(origin) in reached]
+        if bases:
+            self._session.runs_base_weights(bases, waiting.site)
 
     def _consumed(self, parameters: list[Tensor]) -> Pending | None:
         """The pending backward this optimizer acts on, if it is its own."""
@@ -193,6 +228,8 @@ class Optimizers:
                 site=step.site, optimizer=step.facts.name,
             )
             return
+        if step.base is None and all(gradient is None for gradient in step.gradients):
+            return  # an optimizer that moves nothing takes no step
         task = self._task(step)
         if self._merge(step, task, columns):
             return
@@ -271,15 +308,24 @@ class Optimizers:
                 return False
         return True
 
-    def _copied_from(self, parameters: list[Tensor]) -> tuple[KnownModel | None, list[int]]:
-        """The model these parameters were deep-copied from, and their positions in it."""
+    def _copied_from(
+        self, parameters: list[Tensor], pending: Pending | None
+    ) -> tuple[KnownModel | None, list[int]]:
+        """The model these parameters were deep-copied from, and their positions in it.
+
+        Of several optimizers each has a part of it: the model is what the backward went through.
+        """
         models = self._session.models
         origins = [models.origin_of(parameter) for parameter in parameters]
         present = [origin for origin in origins if origin is not None]
         if len(present) < len(origins) or not present:
             return None, []
         if models.find(present[0]) is None:
-            models.discover(present)
+            reached = [t for r in pending.inputs if (t := r()) is not None] if pending else []
+            whole = [origin for t in reached if (origin := models.origin_of(t)) is not None]
+            models.discover([*present, *whole])
+            if models.find(present[0]) is None:
+                models.discover(present)
         found = [models.find(origin) for origin in present]
         places = [place for place in found if place is not None]
         if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
@@ -301,6 +347,11 @@ class Optimizers:
             for declared in self._session.inner
         )
 
+    def _restored(self, task: Task) -> None:
+        """The weights a task adapted in place are about to be loaded anew."""
+        if any(own is task for own in self._tasks.values()):
+            self._finish(task)
+
     def _finish(self, task: Task) -> None:
         fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
         taken = self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
@@ -314,6 +365,10 @@ class Optimizers:
                 if task.provisional and task.base is not None:
                     self._session.confirm(task)
                 self._finish(task)
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    return parameter.grad.detach().clone() if parameter.grad is not None else None
 
 
 def _facts(optimizer: Optimizer) -> OptimizerFacts:

@@ -10,6 +10,7 @@ from torch import Tensor
 from divergence_probe.observe.following import Pending
 from divergence_probe.observe.models import Models
 from divergence_probe.observe.tensors import base_of, batched, physical
+from divergence_probe.record.schema import FLAGS
 
 
 @dataclass
@@ -44,6 +45,9 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     """
     if pending.written:
         return _in_place(pending)
+    if _discarded(pending, following):
+        pending.flags |= FLAGS["discarded"]
+        return Update([reference() for reference in pending.inputs], list(pending.before))
     continues = _continues(pending, following, models)
     update = Update([], [])
     right: list[int] = []
@@ -57,8 +61,34 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
         update.values.append(choice.value)
     if not found:
         return None
+    if _cut(pending, right):
+        pending.flags &= ~FLAGS["second_order"]
     _learn(pending, right, update.certain)
     return update
+
+
+def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
+    """Whether an update was made and thrown away: the next gradient is taken at the same point.
+
+    A task of a single step also leads back to the base's own tensors, but there what the step made
+    was used, in the query's forward.
+    """
+    if not any(pending.candidates) or pending.used or len(following) != len(pending.inputs):
+        return False
+    return all(
+        reference() is tensor
+        for reference, tensor in zip(pending.inputs, following, strict=True)
+    )
+
+
+def _cut(pending: Pending, right: list[int]) -> bool:
+    """Whether every chosen update was made of detached gradients."""
+    chosen = [
+        candidates[position]
+        for position, candidates in zip(right, pending.candidates, strict=True)
+        if 0 <= position < len(candidates)
+    ]
+    return bool(chosen) and all(candidate.cut for candidate in chosen)
 
 
 def _in_place(pending: Pending) -> Update:
@@ -129,7 +159,8 @@ def _continues(pending: Pending, following: Sequence[Tensor], models: Models) ->
         return False
     for tensor, before in zip(following, pending.before, strict=True):
         value = physical(tensor)[0]
-        if value.shape != before.shape and value.shape[1:] != before.shape:
+        shapes = (before.shape, before.shape[1:]) if pending.width > 1 else (before.shape,)
+        if value.shape not in shapes:
             return False
         if models.find(tensor) is not None or base_of(tensor) is not None:
             return False

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import Forwards, NormalizationCall, Number, Row
 from divergence_probe.observe.following import Learned
 from divergence_probe.observe.guard import Guard
-from divergence_probe.observe.models import KnownModel, Models
+from divergence_probe.observe.models import KnownModel, Models, is_compiled
 from divergence_probe.observe.retention import Retention
 from divergence_probe.observe.statistics import build_block
 from divergence_probe.record.schema import (
@@ -134,7 +134,10 @@ class Session:
         self.phase: str | None = None
         self.label: str | None = None
         self.closing: list[Callable[[], None]] = []
+        self.measured: list[Callable[[Block], None]] = []
         self.inner: tuple[Any, ...] = ()
+        self.adapted_by_hand: set[KnownModel] = set()
+        self.restoring: list[Callable[[Task], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
         self._sink = sink
@@ -338,6 +341,40 @@ class Session:
             return 0
         return FLAGS["clippable"] | (FLAGS["clipped"] if clipped else 0)
 
+    def runs_base_weights(self, bases: Sequence[Tensor], site: int) -> None:
+        """A copy was adapted by a loss that depends on the original's weights instead."""
+        found = self.models.find(bases[0]) or (
+            (known, 0) if (known := self.models.discover(bases)) is not None else None
+        )
+        model = found[0].model() if found is not None and found[0].model is not None else None
+        task = self.open[-1] if self.open else None
+        compiled = model is not None and is_compiled(model)
+        self.event("runs-base-weights", task, site, compiled=compiled)
+
+    def adapting(self, module: nn.Module) -> list[Task]:
+        """Open tasks that adapt ``module``'s own parameters in place."""
+        parameters = {id(parameter) for parameter in module.parameters()}
+        return [
+            task
+            for task in self.open
+            if task.in_place and any(r is not None and id(r()) in parameters for r in task.fast)
+        ]
+
+    def restored(self, tasks: Sequence[Task], site: int) -> None:
+        """``load_state_dict`` was called on what ``tasks`` adapted: they are over.
+
+        Where it put back the very weights the task ended with, the restore had no effect: the
+        state was kept by reference, not copied.
+        """
+        for task in tasks:
+            if task.last is not None and task.first is not None and task.steps:
+                adapted = not _same(task.first.before, task.last.after)
+                current = [r() if r is not None else None for r in task.fast]
+                if adapted and _same(current, task.last.after):
+                    self.event("restore-without-effect", None, site)
+            for ending in self.restoring:
+                ending(task)
+
     def current_forwards(self) -> Forwards:
         """Where a forward that names no module belongs: the open task's, else the thread's."""
         for task in reversed(self.open):
@@ -408,7 +445,7 @@ class Session:
             module = call.module() if call.module is not None else None
             name = None
             if module is not None:
-                name = known.name_of(module)
+                name = known.name_of(module) or self.models.copied_name(module)
                 if name is None and task is not None and task.module_names is not None:
                     name = task.module_names.get(id(module))
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
@@ -447,6 +484,8 @@ class Session:
             block = self._measure(rows, events)
             for row in rows:
                 row.previous = None
+            for measured in self.measured:
+                measured(block)
         self._sink.block(block)
 
     def _measure(self, rows: list[Row], events: list[Event]) -> Block:
@@ -464,6 +503,15 @@ class Session:
         for task in list(self.open):
             self.finish_task(task)
         self.flush()
+
+
+def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
+    """Whether two sets of weights are equal; only looked at where no device has to be waited for."""
+    return all(
+        a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(left, right, strict=True)
+        if a is not None and b is not None
+    )
 
 
 def _alarming(loss: Number) -> bool:

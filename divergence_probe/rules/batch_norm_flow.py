@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from divergence_probe.record.schema import Event
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
@@ -201,16 +202,23 @@ class DoubleUpdate(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a layer and task."""
+        tasks: dict[int, list[Event]] = {}
         for event in frame.events("recomputed"):
-            layer = event.data.get("layer")
+            tasks.setdefault(event.task, []).append(event)
+        order = {name: i for i, name in enumerate(frame.block.layout.batch_norms)}
+        for task, events in tasks.items():
+            # A backward meets the last layer first; the report names the first in forward order.
+            events.sort(key=lambda event: order.get(str(event.data.get("layer")), len(order)))
+            layers = tuple(str(e.data["layer"]) for e in events if e.data.get("layer"))
+            first = events[0]
             yield self.finding(
-                f"{layer or 'a BatchNorm layer'} runs again inside the backward: its running "
-                "statistics move twice a forward",
-                task=event.task if event.task >= 0 else None,
-                layer=layer,
-                layers=(layer,) if layer else (),
-                marks=(Mark(event.site, "recomputes a forward with BatchNorm"),)
-                if event.site
+                f"{layers[0] if layers else 'a BatchNorm layer'} runs again inside the backward: "
+                "its running statistics move twice a forward",
+                task=task if task >= 0 else None,
+                layer=layers[0] if layers else None,
+                layers=layers,
+                marks=(Mark(first.site, "recomputes a forward with BatchNorm"),)
+                if first.site
                 else (),
                 fix="Leave BatchNorm out of the checkpointed block, or use nn.GroupNorm in it.",
             )

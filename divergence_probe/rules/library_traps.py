@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 
@@ -55,21 +53,23 @@ class CompiledBaseWeights(Rule):
                     else (),
                     fix="Patch or copy the model before net.compile(), or do not compile it.",
                 )
-        gradients = frame.block.parameters["gradient_norm"]
-        held = frame.block.parameters["norm_before"] >= 0
-        none = frame.support & held.any(1) & (gradients == -1).all(1)
-        for row in frame.first_rows(none):
-            if not frame.block.scalars["loss_seen"][row]:
-                continue
-            if (np.asarray(frame.block.scalars["loss"][row]) != frame.first_loss[row]).any():
-                continue
-            yield self.at(
-                frame,
-                row,
-                "no parameter of the fast model gets a gradient: the forward does not use it",
-                "every gradient is absent here",
-                fix="Check that the forward runs the model that is adapted (compiled calls and "
-                "bound methods are copied with a model and keep running the original).",
+        for event in frame.events("runs-base-weights"):
+            compiled = bool(event.data.get("compiled"))
+            yield self.finding(
+                "the loss depends on the base model's weights, not on the copy's that are adapted: "
+                + (
+                    "the copy carries the base's compiled call"
+                    if compiled
+                    else "no parameter of the copy gets a gradient"
+                ),
+                cause=self.cause if compiled else "no-parameter-change",
+                task=event.task if event.task >= 0 else None,
+                marks=(Mark(event.site, "this loss was computed with the base's weights"),)
+                if event.site
+                else (),
+                fix="Copy the model before compiling it."
+                if compiled
+                else "Compute the loss with the model that is adapted.",
             )
 
 

@@ -259,13 +259,22 @@ class BaseMutated(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Compare each task's first row with the task before it, in order of time."""
+        for event in frame.events("restore-without-effect"):
+            yield self.finding(
+                "load_state_dict puts back the very weights the task ended with: the state was "
+                "kept by reference, so nothing is restored",
+                marks=(Mark(event.site, "restores nothing"),) if event.site else (),
+                fix="saved = copy.deepcopy(net.state_dict())   # state_dict() alone does not copy",
+            )
         before = missing_to_nan(frame.block.parameters["norm_before"])
         after = missing_to_nan(frame.block.parameters["norm_after"])
         layout = (frame.block.rank, frame.block.layout.index)
         for row in range(len(frame.block)):
             if frame.outer[row]:
                 self._outer_steps += 1
-                self._before.pop(layout, None)
+                previous = self._before.pop(layout, None)
+                if previous is not None:
+                    yield from self._stepped_from(frame, row, before[row], *previous[1:])
             elif frame.support[row]:
                 if frame.step[row] == 0:
                     yield from self._begin(frame, row, layout, before[row])
@@ -290,6 +299,26 @@ class BaseMutated(Rule):
         kept = known & np.isclose(start, ended, rtol=1e-6, atol=0)
         adapted = known & ~np.isclose(ended, earlier, rtol=1e-6, atol=0)
         yield self._describe(frame, row, moved, kept, adapted)
+
+    def _stepped_from(
+        self, frame: Frame, row: int, here: Array, start: Array, ended: Array
+    ) -> Iterator[Finding]:
+        """An outer step that starts from what the inner loop wrote, not from where it began."""
+        known = np.isfinite(here) & np.isfinite(start) & np.isfinite(ended)
+        moved = known & ~np.isclose(here, start, rtol=1e-6, atol=0)
+        if len(here) != len(start) or not (moved & np.isclose(here, ended, rtol=1e-6)).any():
+            return
+        layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in np.flatnonzero(moved)))
+        yield self.at(
+            frame,
+            row,
+            f"the outer step starts from the weights the inner loop left in the base "
+            f"({layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''})",
+            "the base was changed before this outer step",
+            layer=layers[0],
+            layers=layers,
+            fix="Adapt a copy: fast = [w - lr * g ...] without .data and without in-place writes.",
+        )
 
     def _describe(
         self, frame: Frame, row: int, moved: Array, kept: Array, adapted: Array

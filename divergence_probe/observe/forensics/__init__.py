@@ -13,6 +13,6 @@ graph holds an operation whose derivative can be infinite) is the user's autogra
 
 from __future__ import annotations
 
-from divergence_probe.observe.forensics.investigator import Investigator, investigator_of
+from divergence_probe.observe.forensics.investigator import Inputs, Investigator, Names, investigator_of
 
-__all__ = ["Investigator", "investigator_of"]
+__all__ = ["Inputs", "Investigator", "Names", "investigator_of"]

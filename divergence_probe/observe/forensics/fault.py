@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from divergence_probe.observe.forensics.backward import is_singular
 from divergence_probe.observe.forensics.graph import Range, family, is_leaf_node
-from divergence_probe.observe.forensics.windows import FORWARD, GRADIENT, UPDATE, Place, Window
+from divergence_probe.observe.forensics.windows import FORWARD, UPDATE, Place, Window
+
+if TYPE_CHECKING:
+    from divergence_probe.observe.session import Task
 
 
 @dataclass
@@ -28,9 +31,8 @@ class Fault:
         line: number of its own line, -1 unknown.
         site: number of the gradient call's line.
         place: where to look for its line.
-        task: index of the task, -1 unknown.
+        task: where it happened, None unknown.
         step: inner step, -1 unknown (or after the last).
-        at_step: the step it was made in, where that is another one.
         output: what became of it: the loss.
         certain: whether it was seen to fail, rather than to be the only one that can.
         waited: gradient calls since.
@@ -47,9 +49,8 @@ class Fault:
     line: int = -1
     site: int = -1
     place: Place | None = None
-    task: int = -1
+    task: Task | None = None
     step: int = -1
-    at_step: int = -1
     output: float = math.nan
     certain: bool = True
     waited: int = 0
@@ -71,8 +72,8 @@ class Fault:
             "elements": self.values.elements,
             "loss": self.output,
             "gradient_site": name(self.site),
-            "in_task": self.task,
-            "in_step": self.at_step if self.at_step >= 0 else self.step,
+            "in_task": self.task.index if self.task is not None else -1,
+            "in_step": self.step,
             "certain": self.certain,
         }
 
@@ -100,5 +101,3 @@ def locate(node: Any, part: str, window: Window) -> tuple[Place, str]:
             taken = window.before - following._sequence_nr()
     return Place(window.site, FORWARD, None, name, taken), name
 
-
-__all__ = ["FORWARD", "GRADIENT", "UPDATE", "Fault", "locate"]

@@ -74,17 +74,19 @@ class Graph:
         self.root = root
         self.inputs: dict[tuple[Any, int], int] = {}
         self._sizes = [tensor.numel() for tensor in inputs]
+        self._leaves: dict[int, int] = {}
         for index, tensor in enumerate(inputs):
-            if tensor.requires_grad:
-                edge = torch.autograd.graph.get_gradient_edge(tensor)
-                self.inputs[edge.node, edge.output_nr] = index
+            if tensor.grad_fn is not None:
+                self.inputs[tensor.grad_fn, tensor.output_nr] = index
+            else:
+                self._leaves[id(tensor)] = index
         self.complete = True
         self.nodes = self._collect()
 
     def _collect(self) -> list[Any]:
         stops = {node for node, _ in self.inputs}
         start = self.root.grad_fn
-        if start is None or start in stops:
+        if start is None or start in stops or is_leaf_node(start):
             return []
         seen, stack = {start}, [start]
         while stack:
@@ -92,6 +94,9 @@ class Graph:
                 if following is None or following in seen or following in stops:
                     continue
                 if is_leaf_node(following):
+                    index = self._leaves.get(id(following.variable))
+                    if index is not None:
+                        self.inputs[following, 0] = index
                     continue
                 seen.add(following)
                 stack.append(following)

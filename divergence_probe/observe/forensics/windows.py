@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from divergence_probe.observe.session import Task
 
 _MOST_WINDOWS = 1024
 
@@ -25,16 +28,18 @@ class Window:
         fast: one past the last node of what its inputs were made by; -1 where they are leaves.
         before: the next number when it began.
         after: the next number when it ended; -1 while it runs.
-        task: index of its task, -1 unknown.
+        task: its task, where it is known.
         step: inner step within that task, -1 unknown.
+        library: whether a library's own step took it, and makes the update before it returns.
     """
 
     site: int
     fast: int
     before: int
     after: int = -1
-    task: int = -1
+    task: Task | None = None
     step: int = -1
+    library: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.statistics import norms
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
@@ -146,13 +147,13 @@ class _Higher:
                 forwards = _take(self.session, task)
                 if (site := self.session.sites.here()) >= 0:
                     task.data["step_site"] = site
-                names = [info.name for info in task.known.layout.parameters]
-                forensics.before(loss, before, task, lambda: names)
+                names = list(enumerate(info.name for info in task.known.layout.parameters))
+                forensics.before(loss, before, task, lambda _: names)
             with guard.gradient_call():
                 result = original(self_, loss, params, override, read, **kwargs)
             with guard.work():
                 self._record(self_, task, before, list(result), seen, loss, forwards)
-                forensics.after(loss, before, seen[0], lambda: names)
+                forensics.after(loss, before, seen[0], lambda _: names)
             return result
 
         return step
@@ -169,10 +170,10 @@ class _Higher:
     ) -> None:
         raw = [g if g is None or g.numel() else None for g in seen[0]]
         flags = 0
-        if any(g is not None and g.requires_grad for g in raw):
+        if any(g is not None and g.requires_grad for g in seen[1]):
             flags |= FLAGS["second_order"]
         if seen[1] is not seen[0] and _changed(seen[0], seen[1]):
-            flags |= FLAGS["clipped"]
+            flags |= FLAGS["clippable"] | (FLAGS["clipped"] if _shrunk(seen[0], seen[1]) else 0)
         self.session.step(
             task,
             [tensor.detach() for tensor in before],
@@ -217,6 +218,15 @@ def _take(session: Session, task: Task) -> Forwards:
 def _changed(raw: Any, applied: Any) -> bool:
     """Whether a gradient callback gave other tensors back (clipping, masking)."""
     return any(a is not b for a, b in zip(raw, applied, strict=False))
+
+
+def _shrunk(raw: Any, applied: Any) -> bool:
+    """Whether a callback made the gradients smaller; only asked where there is a callback."""
+    before, after = (
+        sum(float(n) ** 2 for n in norms([g.detach() for g in gradients if g is not None]))
+        for gradients in (raw, applied)
+    )
+    return after < 0.998 * before
 
 
 def _learning_rate(groups: list[dict[str, Any]]) -> Any:

@@ -1,0 +1,1 @@
+"""What ``--confirm`` changes: one file a kind of intervention, found by :mod:`.registry`."""
