@@ -97,6 +97,13 @@ class Probe(ContextDecorator):
         session = self._current()._session
         return session.guard.failure if session is not None else None
 
+    @property
+    def session(self) -> Session:
+        """What instruments report to; for interventions, which are put in next to them."""
+        session = self._current()._session
+        assert session is not None
+        return session
+
     def _current(self) -> _Watch:
         if self._last is None:
             raise UsageError("The probe was never attached: use it as `with attach() as probe:`.")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -103,6 +104,8 @@ class _WatchedRun:
         self._label = _label(folder)
         self._failures: list[str] = []
         self._stderr = sys.stderr
+        self._directory = os.getcwd()  # the script may change it
+        self._started = time.perf_counter()
         self._progress = ProgressLine()
         self._probe: Probe = Probe(
             output=folder,
@@ -179,6 +182,8 @@ class _WatchedRun:
         except ProbeError as error:
             self._failures.append(str(error))
         self._explain(outcome, diagnosis)
+        if self._options.confirm:
+            diagnosis = self._confirm(diagnosis)
         stream = self._stream()
         registry.write(
             diagnosis,
@@ -190,6 +195,33 @@ class _WatchedRun:
         for failure in self._failures:
             self._say(f"probe: {failure}")
         return self._code(diagnosis)
+
+    def _confirm(self, diagnosis: Diagnosis) -> Diagnosis:
+        """Run again under interventions; Ctrl-C leaves the cause inferred and the report whole."""
+        from divergence_probe import confirmation
+        from divergence_probe.record.reader import Recording
+        from divergence_probe.rules.selection import Selection
+        from divergence_probe.stored import write_ending
+
+        options, judgement = self._options, self._options.judgement
+        seconds = time.perf_counter() - self._started
+        common = confirmation.Rerun(
+            options.target,
+            self._directory,
+            options.confirm_timeout or confirmation.default_timeout(seconds),
+            Selection(intent=judgement.selection.intent),
+            judgement.thresholds,
+        )
+        try:
+            diagnosis = confirmation.confirmed(
+                diagnosis, Recording(self._folder), common, lambda text: self._say(f"probe: {text}")
+            )
+            write_ending(self._folder, diagnosis)
+        except KeyboardInterrupt:
+            self._say("probe: --confirm was interrupted; the cause stays as inferred.")
+        except Exception as error:  # noqa: BLE001 - the first run's report must come through
+            self._failures.append(f"--confirm failed: {type(error).__name__}: {error}")
+        return diagnosis
 
     def _explain(self, outcome: runner.Outcome, diagnosis: Diagnosis) -> None:
         from divergence_probe.explanation import explain

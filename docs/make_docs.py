@@ -4,7 +4,8 @@
     python docs/make_docs.py --check    # exit 1 where one is out of date, and say which
 
 ``docs/rules.md`` is the text of ``probe rule --all`` with its headings one level down, and the
-thresholds. In other files the text between ``<!-- made: NAME -->`` and ``<!-- end: NAME -->`` is made.
+thresholds. In other files what stands between ``<!-- made: NAME -->`` and ``<!-- end: NAME -->`` is
+made, and what follows ``<!-- example: FILE -->`` is that file.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ def rules_page() -> str:
     text = _without_foreign(_printed("rule", "--all"))
     head, _, body = text.partition("\n# ")
     head = re.sub(r"^\| ([A-Z]+\d+) \| ([a-z-]+) \|", _linked, head, flags=re.M)
-    thresholds = "\n".join(
-        ["## Thresholds", "", _TELLING, ""]
-        + _table(
-            ("name", "default", "unit", "why this value"),
-            [(f"`{t.name}`", f"{t.default:g}", t.unit, t.source) for t in CATALOGUE],
-        )
+    numbers = _table(
+        ("name", "default", "unit", "why this value"),
+        [(f"`{t.name}`", f"{t.default:g}", t.unit, t.source) for t in CATALOGUE],
     )
-    return f"{head.rstrip()}\n\n{_MADE}\n\n{thresholds}\n\n{_one_down('# ' + body)}"
+    thresholds = "\n".join(["## Thresholds", "", _TELLING, "", *numbers])
+    return (
+        f"{head.rstrip()}\n\n{_MADE}\n\n{thresholds}\n\n"
+        f"<!-- fmt: off -->\n\n{_one_down('# ' + body)}\n<!-- fmt: on -->\n"
+    )
 
 
 _MADE = (
-    "Made by `python docs/make_docs.py` from the text of `probe rule --all`; `probe rule CODE` shows "
-    "one rule. A rule without a cause sees a symptom: which cause is behind it is for the other "
-    "findings to say, see [causes.md](causes.md)."
+    "Made by `python docs/make_docs.py` from the text of `probe rule --all`; `probe rule CODE` "
+    "shows one rule. A rule without a cause sees a symptom: which cause is behind it is for the "
+    "other findings to say, see [causes.md](causes.md)."
 )
 _TELLING = "Each can be overridden with `--threshold NAME=VALUE` or `attach(thresholds={...})`."
 
@@ -133,7 +135,18 @@ def documents() -> dict[Path, str]:
             _, _, after = rest.partition(end)
             text = f"{before}{start}\n{make()}\n{end}{after}"
         made[ROOT / name] = text
+    contributing = ROOT / "CONTRIBUTING.md"
+    made[contributing] = _EXAMPLE.sub(_quoted, contributing.read_text(encoding="utf-8"))
     return made
+
+
+_EXAMPLE = re.compile(r"<!-- example: (\S+) -->\n```python\n.*?\n```\n", re.S)
+
+
+def _quoted(found: re.Match[str]) -> str:
+    """The file named in an example's comment, whole."""
+    code = (ROOT / found[1]).read_text(encoding="utf-8")
+    return f"<!-- example: {found[1]} -->\n```python\n{code}```\n"
 
 
 def main() -> int:

@@ -71,7 +71,10 @@ def root_cause(findings: Sequence[Finding]) -> RootCause | None:
     ]
     if not named:
         return None
-    symptomatic = any(f.cause is None and f.severity is Severity.ERROR for f in findings)
+    symptomatic = any(
+        f.severity is Severity.ERROR and (f.cause is None or f.cause in _EXPLOSIONS)
+        for f in findings
+    )
     if symptomatic:
         chosen = min(named, key=lambda c: (_explains(c.finding), *c.order[1:]))
     else:
@@ -94,6 +97,9 @@ def root_cause(findings: Sequence[Finding]) -> RootCause | None:
         marks=_marks([finding, *(findings[i] for i in symptoms)]),
     )
 
+
+#: Causes that are little more than the name of what exploded.
+_EXPLOSIONS = frozenset({"meta-gradient-explosion"})
 
 #: Causes that can make norms explode or numbers turn non-finite.
 _EXPLOSIVE = frozenset(

@@ -182,6 +182,7 @@ class Row:
         width: number of vmapped tasks, 1 without vmap.
         previous: the row of the step before in the same task, until this one is measured.
         carried: gradients that were already there before the row's own was added to them.
+        preceding: for a task's first row, the last row of the task before, until it is measured.
     """
 
     task: int
@@ -200,6 +201,7 @@ class Row:
     width: int = 1
     previous: Row | None = None
     carried: Sequence[Tensor] = ()
+    preceding: Row | None = None
 
     def size(self) -> int:
         """Bytes it keeps alive, roughly."""

@@ -1,7 +1,7 @@
 """Follow tensors from gradients to the parameters they update.
 
 The hard part is the *after*: "the first operation that takes gradient and parameter" is wrong as
-soon as there is weight decay (``g + wd * p`` comes first). So every candidate is kept, and which one
+soon as there is weight decay (``g + wd * p`` comes first). So every candidate is kept, and which
 was meant is settled by evidence: a write into the parameter's own memory, identity with what the
 next gradient is taken of, the first use as a weight, or what was right at this line before.
 """
@@ -119,6 +119,7 @@ class Pending:
         writes: for each input, in-place updates seen.
         used: for each input, the candidate that was first used as a weight.
         written: values after the last in-place update.
+    versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
         width: tasks batched by vmap.
@@ -126,6 +127,7 @@ class Pending:
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
     of_base: whether its inputs are the base of earlier tasks.
+    origins: what its inputs were deep-copied from, where they all were.
     """
 
     site: int
@@ -142,6 +144,7 @@ class Pending:
     writes: list[int] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False
     followed: bool = False
     width: int = 1
@@ -149,6 +152,7 @@ class Pending:
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
     of_base: bool = False
+    origins: list[weakref.ref[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         missing = len(self.inputs) - len(self.candidates)
@@ -161,9 +165,13 @@ class Pending:
         return any(self.writes) or any(self.candidates)
 
     @property
-    def computed(self) -> bool:
-        """Whether new values were computed, but not written into the parameters yet."""
-        return any(self.candidates) and not any(self.writes)
+    def stands(self) -> bool:
+        """Whether nothing was written into the parameters since their update."""
+        tensors = [reference() for reference in self.inputs]
+        return bool(self.versions) and all(
+            tensor is None or tensor._version == self.versions.get(index)
+            for index, tensor in enumerate(tensors)
+        )
 
     def is_input(self, tensor: Tensor) -> int | None:
         """Which input ``tensor`` is, by identity."""
@@ -223,9 +231,7 @@ class Follower(TorchFunctionMode):
             elif self not in stack:
                 self._pushed = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
         self._handling += 1
         try:
@@ -309,6 +315,9 @@ class Follower(TorchFunctionMode):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
             pending.written[index] = batched(target, pending.width).detach().clone()
+            parameter = pending.inputs[index]()
+            if parameter is not None:
+                pending.versions[index] = parameter._version
         self._tag(target, parameters, gradients)
 
     def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:
@@ -323,9 +332,7 @@ class Follower(TorchFunctionMode):
                 return index
         return None
 
-    def _updates(
-        self, pending: Pending, index: int, name: str, gradients: frozenset[int]
-    ) -> bool:
+    def _updates(self, pending: Pending, index: int, name: str, gradients: frozenset[int]) -> bool:
         """Whether a write is (part of) the update, and not a restore of older values."""
         if name in _OVERWRITES and pending.writes[index]:
             return False  # the update is complete: this restores or moves the weights
@@ -360,9 +367,7 @@ class Follower(TorchFunctionMode):
                 if candidate.tensor() is tensor:
                     pending.used.setdefault(index, position)
 
-    def _tag(
-        self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]
-    ) -> None:
+    def _tag(self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]) -> None:
         known = self._tags.get(id(tensor))
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]

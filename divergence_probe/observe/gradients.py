@@ -56,7 +56,7 @@ def library_step(guard: Guard) -> Iterator[Taken]:
 
 
 class _Functional(threading.local):
-    """The parameters of the ``torch.func`` gradient this thread is inside of, as the user has them."""
+    """The parameters of the ``torch.func`` gradient this thread is inside of, as the user's."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
@@ -231,7 +231,9 @@ class _Gradients:
                 if not torch.compiler.is_compiling() and self._guard.watching:
                     with self._guard.work():
                         argnums = kwargs.get("argnums")
-                        taken = primals if argnums is None else [primals[i] for i in _tuple(argnums)]
+                        taken = (
+                            primals if argnums is None else [primals[i] for i in _tuple(argnums)]
+                        )
                         inputs, loss = _tensors(taken), _first_tensor(output)
                         self._open("func", loss, inputs)
                         self._note("func", loss, inputs, _tensors(made))

@@ -106,9 +106,10 @@ class Loops:
             thread.follower.follow(pending, gradients)
 
     def _runs_base_weights(self, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
-        """No parameter got a gradient: note where the loss depends on what they were copied from."""
+        """No parameter got a gradient: note where the loss depends on what they are copies of."""
         models = self._session.models
-        bases = [base for t in inputs if (base := base_of(t) or models.origin_of(t)) is not None]
+        origins = [models.origin_of(t) if t.is_leaf else base_of(t) for t in inputs]
+        bases = [origin for origin in origins if origin is not None]
         if loss is None or not bases:
             return
         reached = {id(leaf) for leaf in leaves(loss)}
@@ -137,7 +138,9 @@ class Loops:
             inputs=[weakref.ref(tensor) for tensor in inputs],
             # A leaf may be the base, which an outer step overwrites before it is measured.
             before=[_kept(batched(t, width), copy or t.is_leaf) for t in inputs],
-            gradients=[_kept(batched(g, width), copy) if g is not None else None for g in gradients],
+            gradients=[
+                _kept(batched(g, width), copy) if g is not None else None for g in gradients
+            ],
             loss=physical(loss)[0].detach() if loss is not None and scalar else None,
             loss_of=weakref.ref(loss) if loss is not None else None,
             forwards=forwards,
@@ -163,10 +166,14 @@ class Loops:
         task = self._thread.task
         if task is not None and self._continues(task, pending):
             pending.task = task
+            self._reorder(task, pending)
         elif inputs:
             pending.named = self.name(inputs, inputs)
             # An in-place update of these is an outer step by hand.
             pending.of_base = base_among(self._session.bases, inputs) is not None
+            origins = [self._session.models.origin_of(tensor) for tensor in inputs]
+            present = [weakref.ref(origin) for origin in origins if origin is not None]
+            pending.origins = present if len(present) == len(inputs) else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
             self._session.name_forwards(pending.forwards, known, pending.task)
@@ -174,7 +181,7 @@ class Loops:
     def _extends(
         self, pending: Pending, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
     ) -> bool:
-        """Whether this call belongs to the same step: one ``grad()`` a parameter, or accumulation."""
+        """Whether the same step goes on: one ``grad()`` a parameter, or accumulation."""
         if pending.function != function or function == "func":
             return False
         if function == "grad":
@@ -218,8 +225,9 @@ class Loops:
         learned = pending.learned
         if learned.optimizer is not None or not pending.inputs:
             return False
-        if learned.piecewise:
-            return True  # the next call shows one parameter's update only
+        if learned.piecewise or pending.function == "backward":
+            # The next call shows one parameter's update only, or shows them in another order.
+            return True
         task = self._thread.task
         if learned.functional and learned.steps and learned.confirmed > 1 and task is not None:
             position = task.steps if pending.task is task else 0
@@ -289,13 +297,30 @@ class Loops:
         for reference, position in zip(task.inputs, positions, strict=True):
             task.fast[position] = reference
 
+    def _reorder(self, task: Task, pending: Pending) -> None:
+        """Bring a task's positions into the order this gradient was taken in, which may differ.
+
+        (A backward meets leaves in graph order, a ``grad()`` in the order of its list.)
+        """
+        known = {
+            id(tensor): position
+            for reference, position in zip(task.inputs, task.positions, strict=True)
+            if reference is not None and (tensor := reference()) is not None
+        }
+        found = [known.get(id(reference())) for reference in pending.inputs]
+        if len(found) != len(task.positions) or any(position is None for position in found):
+            return
+        task.positions = [position for position in found if position is not None]
+
     def _continues(self, task: Task, pending: Pending) -> bool:
         """Whether the gradient was taken of the task's own fast weights."""
         if task.ended or not task.inputs:
             return False
         if pending.width > 1:
             return self._continues_batched(task, pending)
-        fast = {id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None}
+        fast = {
+            id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None
+        }
         inputs = [reference() for reference in pending.inputs]
         ours = [i for i, tensor in enumerate(inputs) if id(tensor) in fast]
         if not ours:
@@ -319,7 +344,8 @@ class Loops:
         session, thread = self._session, self._thread
         self.end_task()
         tensors = [reference() for reference in pending.inputs]
-        known, positions = pending.named or self.name(tensors, pending.before)
+        copied = self._copied_from(pending) if in_place else None
+        known, positions = copied or pending.named or self.name(tensors, pending.before)
         own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
         task = session.start_task(
             known,
@@ -327,7 +353,7 @@ class Loops:
             pending.site,
             width=pending.width,
             base=None if own else known,
-            provisional=own,
+            provisional=own or copied is not None,
             in_place=in_place,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
@@ -336,6 +362,13 @@ class Loops:
         thread.task = task
         self._in_place.began(task, pending.before)
         return task
+
+    def _copied_from(self, pending: Pending) -> tuple[KnownModel, list[int]] | None:
+        """The model a task's parameters are deep copies of, and their positions in it."""
+        origins = [origin for r in pending.origins or () if (origin := r()) is not None]
+        if not origins or len(origins) < len(pending.inputs):
+            return None
+        return self.name(origins, origins)
 
     def end_task(self) -> None:
         """The current task is over; what ran since its last gradient was its query."""
@@ -437,10 +470,10 @@ class Loops:
         return None
 
     def _restored(self, task: Task) -> None:
-        """The weights a task adapted in place are about to be loaded anew."""
+        """The weights a task adapted in place were loaded anew."""
         pending = self._thread.pending
-        if pending is not None and pending.task is task and pending.computed:
-            return  # that is how this loop takes its step
+        if pending is not None and pending.task is task and pending.stands:
+            return  # what was loaded is the update: that is how this loop takes its step
         if task is self._thread.task:
             self.settle()
             self.end_task()

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
-
 from torch import Tensor, nn
 
 from divergence_probe.record.schema import Layout, ParameterInfo
@@ -105,9 +104,7 @@ class Models:
         known = self._by_model.get(model)
         parameters = dict(model.named_parameters())
         if known is not None and len(known.parameters) == len(parameters):
-            for (_, parameter), reference in zip(
-                parameters.items(), known.parameters, strict=True
-            ):
+            for (_, parameter), reference in zip(parameters.items(), known.parameters, strict=True):
                 if reference() is not parameter:
                     break
             else:
@@ -125,7 +122,7 @@ class Models:
         return known
 
     def nameless(self, tensors: Sequence[Tensor], uses: Sequence[str]) -> KnownModel:
-        """A layout for tensors no module owns, named by position, shape and the op that uses them."""
+        """A layout for tensors no module owns, named by position, shape and what uses them."""
         key = tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)
         known = self._by_shape.get(key)
         if known is None:
@@ -318,5 +315,3 @@ def _positional_name(index: int, tensor: Tensor, use: str) -> str:
 def fast_module_names(model: nn.Module) -> dict[int, str]:
     """Module identity to dotted name, for a library's own copy of the user's model."""
     return {id(module): name for name, module in model.named_modules()}
-
-

@@ -33,7 +33,12 @@ class Nesting:
         if not task.in_place:
             return
         values = [tensor for tensor in before if tensor is not None]
-        if task.provisional:
+        if task.provisional and task.base is not None:
+            # A second copy of the same base: one alone may just be trained.
+            earlier = [other for other in self.tasks if other.base is task.base]
+            for other in (*earlier, task) if earlier else ():
+                self._session.confirm(other)
+        elif task.provisional:
             same = [start for start in self._starts if start[0].known is task.known]
             for other in self._starting_over([*same, (task, values)]):
                 self._session.confirm(other)

@@ -53,6 +53,10 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         if torch.compiler.is_compiling() or not guard.watching:
             return original(*call)
+        if guard.state.gradient:
+            with guard.work():  # beforehand: checkpointing stops a recomputation by an exception
+                _recomputed(session, _calling_module(), training and running_mean is not None)
+            return original(*call)
         before = None
         if running_mean is not None and running_var is not None:
             with guard.work():
@@ -71,9 +75,6 @@ def _note(
     session: Session, module: nn.Module | None, call: tuple[Any, ...], before: Tensor | None
 ) -> None:
     """Write down one finished ``F.batch_norm`` call."""
-    if session.guard.state.gradient:
-        _recomputed(session, module, bool(call[5]) and call[1] is not None)
-        return
     data, running_mean, running_var, weight, _, training, momentum, _ = call
     data = plain(data)
     after = batch = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -94,7 +94,7 @@ class Optimizers:
         session.restoring.append(self._restored)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """torch's hook: a step of ``torch.optim`` begins; its closure is looked into, too."""
+        """A step of ``torch.optim`` begins (torch's hook); its closure is looked into, too."""
         if self._passes():
             return None
         with self._session.guard.work():
@@ -136,7 +136,7 @@ class Optimizers:
         return watched
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """torch's hook: the step is complete."""
+        """A step of ``torch.optim`` is complete (torch's hook)."""
         self.end(optimizer)
 
     def _passes(self) -> bool:
@@ -160,8 +160,8 @@ class Optimizers:
 
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
-        base, positions = self._copied_from(parameters, pending)
-        moved = base_among(self._session.bases, parameters) if base is None else None
+        moved = base_among(self._session.bases, parameters)
+        base, positions = self._copied_from(parameters, pending) if moved is None else (None, [])
         if base is not None:
             known, outer = base, False
         elif moved is not None:
@@ -216,16 +216,23 @@ class Optimizers:
     def _end(self, step: _Step) -> None:
         after = [p.detach().clone() for p in step.parameters]
         width = len(step.known.layout.parameters)
-        columns = [spread(values, step.positions, width) for values in (step.before, after, step.gradients)]
+        columns = [
+            spread(values, step.positions, width) for values in (step.before, after, step.gradients)
+        ]
         if step.outer and not self._declared_inner(step):
             self._loops.settle()
             if step.pending is not None:
                 self._loops.not_a_step(step.pending)
+            for task in [t for t in self._session.open if t.known is step.known]:
+                self._session.confirm(task)
             self._loops.end_task()
             self._nesting.outer_step()
             self._session.outer_step(
-                step.known, *columns, learning_rate=step.facts.learning_rate,
-                site=step.site, optimizer=step.facts.name,
+                step.known,
+                *columns,
+                learning_rate=step.facts.learning_rate,
+                site=step.site,
+                optimizer=step.facts.name,
             )
             return
         if step.base is None and all(gradient is None for gradient in step.gradients):
@@ -263,7 +270,9 @@ class Optimizers:
                 a is not None and b is not None for a, b in zip(kept, values, strict=True)
             ):
                 return False
-            setattr(row, name, [a if a is not None else b for a, b in zip(kept, values, strict=True)])
+            setattr(
+                row, name, [a if a is not None else b for a, b in zip(kept, values, strict=True)]
+            )
         return True
 
     def _task(self, step: _Step) -> Task:
@@ -271,9 +280,9 @@ class Optimizers:
         for optimizer, task in list(self._tasks.items()):
             if task.ended or task.known is not step.known:
                 continue
-            if optimizer is step.optimizer or not set(step.positions) & set(task.positions):
-                if self._unchanged(task, step):
-                    return task
+            other_part = not set(step.positions) & set(task.positions)
+            if (optimizer is step.optimizer or other_part) and self._unchanged(task, step):
+                return task
         self._loops.end_task()
         for task in [t for t in self._tasks.values() if t.known is step.known and not t.ended]:
             self._finish(task)
@@ -294,7 +303,9 @@ class Optimizers:
         )
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
-        self._nesting.began(task, spread(step.before, step.positions, len(step.known.layout.parameters)))
+        self._nesting.began(
+            task, spread(step.before, step.positions, len(step.known.layout.parameters))
+        )
         return task
 
     def _unchanged(self, task: Task, step: _Step) -> bool:
@@ -348,7 +359,7 @@ class Optimizers:
         )
 
     def _restored(self, task: Task) -> None:
-        """The weights a task adapted in place are about to be loaded anew."""
+        """The weights a task adapted in place were loaded anew."""
         if any(own is task for own in self._tasks.values()):
             self._finish(task)
 

@@ -19,7 +19,7 @@ class Patches:
         self._undo: list[Callable[[], None]] = []
 
     def swap_code(
-        self, function: types.FunctionType, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+        self, function: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> None:
         """Make ``function`` call a handler, whatever name the user imported it under.
 

@@ -76,8 +76,7 @@ def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
     if not any(pending.candidates) or pending.used or len(following) != len(pending.inputs):
         return False
     return all(
-        reference() is tensor
-        for reference, tensor in zip(pending.inputs, following, strict=True)
+        reference() is tensor for reference, tensor in zip(pending.inputs, following, strict=True)
     )
 
 
@@ -96,9 +95,7 @@ def _in_place(pending: Pending) -> Update:
     learned.confirmed += 1
     learned.functional = False
     tensors = [reference() for reference in pending.inputs]
-    values = [
-        pending.written.get(index, before) for index, before in enumerate(pending.before)
-    ]
+    values = [pending.written.get(index, before) for index, before in enumerate(pending.before)]
     return Update(tensors, list(values), in_place=True)
 
 
@@ -123,9 +120,7 @@ class _Choice:
     certain: bool = True
 
 
-def _choose(
-    pending: Pending, index: int, following: Sequence[Tensor], continues: bool
-) -> _Choice:
+def _choose(pending: Pending, index: int, following: Sequence[Tensor], continues: bool) -> _Choice:
     """The updated tensor of one input."""
     candidates = pending.candidates[index]
     for position, candidate in enumerate(candidates):

@@ -140,6 +140,7 @@ class Session:
         self.restoring: list[Callable[[Task], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
+        self._last_rows: dict[int, Row] = {}
         self._sink = sink
         self._rank = rank
         self._started = self._flushed = time.perf_counter()
@@ -266,6 +267,9 @@ class Session:
             task.last,
             carried,
         )
+        if task.steps == 0 and learning_rate is None:  # by hand: its optimizer's state is not seen
+            row.preceding = self._last_rows.get(row.layout)
+        self._last_rows[row.layout] = row
         task.last = row
         task.first = task.first or row
         task.steps += 1
@@ -483,7 +487,7 @@ class Session:
                 return
             block = self._measure(rows, events)
             for row in rows:
-                row.previous = None
+                row.previous = row.preceding = None
             for measured in self.measured:
                 measured(block)
         self._sink.block(block)

@@ -26,6 +26,8 @@ from divergence_probe.record.schema import (
 
 # Above this many elements stacking costs more memory traffic than it saves calls.
 _STACKED_ELEMENTS = 8192
+# What rounding leaves of an update across its gradient is below this part of it.
+_WORTH = 1e-2
 
 
 def measurable(tensor: Tensor) -> Tensor:
@@ -256,8 +258,38 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
     arrays["learning_rate"] = np.where(rate_known, rates, -np.inf)
     arrays["instability"] = instability(rows)
     carried = [_total_norm(row.carried) for row in rows]
+    velocities = [_carried_velocity(row) for row in rows]
+    arrays["carried_velocity"] = np.repeat(velocities, [row.width for row in rows])
     arrays["carried_gradient"] = np.repeat(carried, [row.width for row in rows])
     return arrays
+
+
+def _carried_velocity(row: Row) -> float:
+    """How far the part of a first update across its gradient points along the task before's last.
+
+    Momentum adds a multiple of the velocity to the gradient, so what is left of the update after
+    its gradient is projected out is parallel to what is left of the velocity. nan where there is
+    nothing left worth looking at.
+    """
+    preceding = row.preceding
+    if preceding is None or row.width != 1 or preceding.width != 1:
+        return float("nan")
+    parts = [
+        (u.reshape(-1), v.reshape(-1), g.reshape(-1))
+        for u, v, g in zip(
+            _differences(row), _differences(preceding), row.gradients, strict=True
+        )
+        if u is not None and v is not None and g is not None and not g.is_sparse
+    ]
+    if not parts:
+        return float("nan")
+    update, velocity, gradient = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    along = gradient / gradient.norm().clamp_min(1e-30)
+    across = update - (update @ along) * along
+    other = velocity - (velocity @ along) * along
+    if not across.norm() > _WORTH * update.norm():
+        return float("nan")
+    return float(across @ other / (across.norm() * other.norm()).clamp_min(1e-30))
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> float:

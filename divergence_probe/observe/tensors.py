@@ -1,4 +1,4 @@
-"""Small facts about tensors: what lies under functorch wrappers, and which leaves a loss reaches."""
+"""Small facts about tensors: what lies under functorch wrappers, which leaves a loss reaches."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +53,8 @@ def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
         },
         "findings": [_finding(finding) for finding in diagnosis.findings],
     }
+    if diagnosis.interventions:  # only --confirm makes any
+        told["interventions"] = [asdict(run) for run in diagnosis.interventions]
     plain: dict[str, Any] = _plain(told)
     return plain
 

@@ -130,8 +130,10 @@ class Engine:
         A parameter's own norm when the task began; for small ones (zero-initialised heads, biases)
         the larger of a fraction of the whole model's norm and what the first step made of them.
         """
-        floor = self.thresholds["small-parameter"] * np.sqrt(np.nansum(start**2))
-        own = np.fmax(start, np.fmax(floor, np.where(np.isfinite(first), first, 0.0)))
+        first = np.where(np.isfinite(first), first, 0.0)
+        whole = np.sqrt(np.nansum(start**2)) or np.sqrt(np.sum(first**2))
+        floor = self.thresholds["small-parameter"] * whole
+        own = np.fmax(start, np.fmax(floor, first))
         return np.fmax(np.where(start >= max(floor, 1e-12), start, own), 1e-12)
 
     def _forget(self, block: Block) -> None:

@@ -16,8 +16,10 @@ _LOW = {
     "float16": "6.55e+04 largest, 4.9e-4 relative spacing",
     "bfloat16": "3.4e+38 largest, 3.9e-3 relative spacing",
 }
-# float32 overflows from 3.4e38: sums and products of inputs beyond this are ends of an explosion.
+# float32 overflows from 3.4e38: an operation after numbers beyond this only ends an explosion, and
+# so does one on weights a decade larger than when the task began (the bound of norm-growth).
 _EXPLODED = 1e15
+_GROWN = 10.0
 
 
 class _Forensic(Rule):
@@ -92,8 +94,8 @@ def _range(data: dict[str, Any]) -> str:
 
 
 def _exploded(data: dict[str, Any]) -> bool:
-    sizes = [abs(data[name]) for name in ("minimum", "maximum")]
-    return any(size > _EXPLODED for size in sizes) and data["what"] != "input"
+    ends_one = data["largest"] > _EXPLODED or data["growth"] > _GROWN
+    return bool(data["what"] != "input" and ends_one)
 
 
 def _in(data: dict[str, Any]) -> str:
@@ -134,7 +136,7 @@ class NonFiniteInput(_Forensic):
     name = "non-finite-input"
     cause = "nonfinite-input"
     fixes: ClassVar[dict[str, str]] = {
-        "": "assert torch.isfinite(x).all() and torch.isfinite(y).all()   # where the task is made\n"
+        "": "assert torch.isfinite(x).all() and torch.isfinite(y).all()   # where tasks are made\n"
         "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)      # or drop those rows"
     }
 
@@ -233,12 +235,12 @@ class SingularBackward(_Forensic):
     name = "singular-backward-operation"
     cause = "singular-backward"
     fixes: ClassVar[dict[str, str]] = {
-        "sqrt": "y = (x + 1e-12).sqrt()                          # the derivative at 0 is infinite\n"
-        "y = torch.where(x > 0, x, 1.0).sqrt() * (x > 0)   # or a safe value before the root",
+        "sqrt": "y = (x + 1e-12).sqrt()                   # the derivative at 0 is infinite\n"
+        "y = torch.where(x > 0, x, 1.0).sqrt() * (x > 0)   # or a safe value before it",
         "norm": "penalty = (w.square().sum() + 1e-12).sqrt()   # or w.square().sum()",
         "pow": "y = (x.abs() + 1e-6) ** p      # or a smooth form: (x * x + 1e-6) ** (p / 2)",
         "std": "s = (x.var(unbiased=False) + 1e-6).sqrt()",
-        "": "give the operation a safe input: x = torch.where(ok, x, 1.0) before it, not only after",
+        "": "x = torch.where(ok, x, 1.0)   # a safe input before the operation, not only after",
     }
 
     def takes(self, data: dict[str, Any]) -> bool:
@@ -344,7 +346,7 @@ class LowPrecision(_Forensic):
         """The operation, its type and its inputs."""
         dtype = data["dtype"]
         if data["what"] == "update":
-            return f"the update makes {dtype} weights non-finite of finite gradients ({_range(data)})"
+            return f"the update makes {dtype} weights non-finite (finite before: {_range(data)})"
         return f"{data['operation']}{_in(data)} overflows {dtype} ({_range(data)}; {_LOW[dtype]})"
 
 
@@ -395,8 +397,8 @@ class BelowOneUlp(Rule):
             yield self.at(
                 frame,
                 row,
-                f"no {info.dtype} weight moved at step {int(frame.step[row])}, with gradients up to "
-                f"{gradient[row].max():.3g}: the updates are below half a unit in the last place",
+                f"no {info.dtype} weight moved at step {int(frame.step[row])}, with gradients up "
+                f"to {gradient[row].max():.3g}: updates are below half a unit in the last place",
                 "the update is rounded away",
                 layer=frame.layer(column),
                 evidence={

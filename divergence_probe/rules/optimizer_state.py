@@ -9,8 +9,10 @@ import numpy as np
 from divergence_probe.record.schema import FLAGS, Array
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
-from divergence_probe.rules.quantities import collinearity
 from divergence_probe.thresholds import Thresholds
+
+# Two directions in thousands of dimensions are this parallel only if one is made of the other.
+_PARALLEL = 0.99
 
 
 class OptimizerStateCarriedOver(Rule):
@@ -44,10 +46,6 @@ class OptimizerStateCarriedOver(Rule):
     severity = Severity.WARNING
     cause = "optimizer-state-carryover"
 
-    def __init__(self, thresholds: Thresholds) -> None:
-        super().__init__(thresholds)
-        self._plain_start: dict[object, bool] = {}
-
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task that begins with a used optimizer."""
         yield from self._by_hand(frame)
@@ -72,30 +70,21 @@ class OptimizerStateCarriedOver(Rule):
 
 
     def _by_hand(self, frame: Frame) -> Iterator[Finding]:
-        """Hand-written momentum: the first task's first step follows its gradient, later ones do not.
-
-        Without a velocity a first step is parallel to the gradient; with one kept from another task
-        it is not. (Weight decay or Adam bend the first task's first step just as much.)
-        """
-        bent = 1 - collinearity(frame)
-        unknown = ~np.isfinite(frame.block.scalars["learning_rate"])
-        for row in np.flatnonzero(frame.support & (frame.step == 0) & unknown):
-            key = (frame.block.rank, frame.block.layout.index, frame.block.site(row))
-            if not np.isfinite(bent[row]):
-                continue
-            if key not in self._plain_start:
-                self._plain_start[key] = bool(bent[row] < 1e-4)
-            elif self._plain_start[key] and bent[row] > 1e-2:
-                yield self.at(
-                    frame,
-                    int(row),
-                    f"the first step of task {int(frame.task[row])} does not follow its gradient "
-                    f"(cosine {1 - bent[row]:.2f}), the first task's did: a velocity is carried "
-                    "over",
-                    "this step carries another task's momentum",
-                    evidence={"cosine": float(1 - bent[row])},
-                    fix="Set the velocity to zero at the start of every task.",
-                )
+        """Hand-written momentum: a first step that goes on along the task before's last one."""
+        velocity = frame.block.scalars["carried_velocity"]
+        with np.errstate(invalid="ignore"):
+            hit = frame.support & (frame.step == 0) & (velocity > _PARALLEL)
+        for row in frame.first_rows(hit):
+            yield self.at(
+                frame,
+                row,
+                f"the first step of task {int(frame.task[row])} goes on along the last step of the "
+                f"task before (cosine {velocity[row]:.4f} across its own gradient): its velocity "
+                "is carried over",
+                "this step carries another task's momentum",
+                evidence={"cosine": float(velocity[row])},
+                fix="Set the velocity to zero at the start of every task.",
+            )
 
 
 class GradientCarriedOver(Rule):

@@ -22,7 +22,6 @@ from tests.coverage_loops.notes import (
     Notes,
     batch,
     each,
-    first_order_outer,
     forward,
     functional_loop,
     in_place_loop,
@@ -142,7 +141,9 @@ def logged(loss: Tensor, fast: list[Tensor], state: State, second: bool) -> list
     gradients = torch.autograd.grad(loss, fast, create_graph=second)
     state["log"] = [torch.tensor(g.norm().item()) for g in gradients]
     updated = [p - RATE * g for p, g in each(fast, gradients)]
-    state["log"] += [torch.tensor((new - p).norm().item()) for new, p in zip(updated, fast, strict=True)]
+    state["log"] += [
+        torch.tensor((new - p).norm().item()) for new, p in zip(updated, fast, strict=True)
+    ]
     return updated
 
 
@@ -514,13 +515,20 @@ def cells() -> list[tuple[str, str, str, Cell]]:
         found.append((style, "first", "by hand", partial(in_place_loop, update=move)))
     for second in (False, True):
         order = "second" if second else "first"
-        found.append(("`functional_call`", order, "by hand", partial(called_functionally, second=second)))
+        found.append(
+            ("`functional_call`", order, "by hand", partial(called_functionally, second=second))
+        )
         found.append(("tied weights", order, "by hand", partial(tied, second=second)))
         found.append(("ANIL, head only", order, "by hand", partial(head_only, second=second)))
     found += [
         ("two backwards, one step", "first", "by hand", accumulated),
         ("restored by `load_state_dict`", "first", "by hand", partial(restored, in_place=True)),
-        ("restored by `load_state_dict`", "first", "torch.optim.SGD", partial(restored, in_place=False)),
+        (
+            "restored by `load_state_dict`",
+            "first",
+            "torch.optim.SGD",
+            partial(restored, in_place=False),
+        ),
         ("learned step size", "second", "by hand", learned_rate),
         ("tasks of unequal length", "second", "by hand", unequal_lengths),
         ("one step a task", "second", "by hand", many_tasks),

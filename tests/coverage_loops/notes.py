@@ -129,6 +129,8 @@ def first_order_outer(net: nn.Module, learner: nn.Module, query: Tensor) -> None
         parameter.grad = gradient
 
 
-def each(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def each(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of a parameter and its gradient."""
     return zip(parameters, gradients, strict=True)

@@ -69,9 +69,7 @@ def several_arguments(net: Net, fast: Weights, x: Tensor, y: Tensor) -> Weights:
         return F.mse_loss(forward([first, first_bias, second, second_bias], x), y)
 
     gradients = grad(loss, argnums=(0, 1, 2, 3))(*fast.values())
-    return {
-        name: p - RATE * g for (name, p), g in zip(fast.items(), gradients, strict=True)
-    }
+    return {name: p - RATE * g for (name, p), g in zip(fast.items(), gradients, strict=True)}
 
 
 def _reference(notes: Notes, net: Net, xs: Tensor, ys: Tensor) -> None:

@@ -87,9 +87,7 @@ def _higher() -> Found:
                 found.append((style, "second" if tracked else "first", name, loop))
     sgd = optimizers["SGD"]
     for create, style in ((False, "`get_diff_optim`"), (True, "`create_diff_optim`")):
-        loop = partial(
-            _higher_loop, make=sgd, context=partial(_Patched, create), leaves_graph=True
-        )
+        loop = partial(_higher_loop, make=sgd, context=partial(_Patched, create), leaves_graph=True)
         found.append((f"`monkeypatch`, {style}", "second", "SGD", loop))
     return found
 
@@ -202,7 +200,12 @@ def _torchopt() -> Found:
         "MetaAdaGrad": partial(torchopt.MetaAdaGrad, lr=RATE),
     }
     found: Found = [
-        (f"`MetaOptimizer`, state by {by}", "second", name, partial(_meta_optimizer, make=make, by=by))
+        (
+            f"`MetaOptimizer`, state by {by}",
+            "second",
+            name,
+            partial(_meta_optimizer, make=make, by=by),
+        )
         for name, make in metas.items()
         for by in ("reference", "copy")
     ]
@@ -314,9 +317,7 @@ def _bilevel(notes: Notes, kind: str, unroll: int, accumulate: int = 1) -> None:
 
     net, penalty = Net(batch_norm=True), Penalty()
     config = Config(type=kind, unroll_steps=unroll, gradient_accumulation=accumulate)
-    inner = Inner(
-        "inner", config, net, torch.optim.SGD(net.parameters(), lr=RATE), None, [batch()]
-    )
+    inner = Inner("inner", config, net, torch.optim.SGD(net.parameters(), lr=RATE), None, [batch()])
     outer = Outer(
         "outer", Config(), penalty, torch.optim.Adam(penalty.parameters(), lr=0.05), None, [batch()]
     )

@@ -8,11 +8,13 @@ graph holds an operation whose derivative can be infinite) is the user's autogra
 - :mod:`backward`: the same for the backward, by a gradient call of our own under node hooks;
 - :mod:`checking_mode`: armed after a fault, sees operations live and gives each its line;
 - :mod:`windows`: tells the forward, the gradient and the update of a step apart;
+- :mod:`reporter`: gives a fault its line and its task;
 - :mod:`investigator`: decides when to look, and reports.
 """
 
 from __future__ import annotations
 
-from divergence_probe.observe.forensics.investigator import Inputs, Investigator, Names, investigator_of
+from divergence_probe.observe.forensics.inputs import Inputs, Names
+from divergence_probe.observe.forensics.investigator import Investigator, investigator_of
 
 __all__ = ["Inputs", "Investigator", "Names", "investigator_of"]

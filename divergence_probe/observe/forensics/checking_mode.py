@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,10 @@ _SPELLINGS = {
     "mm": "matmul", "bmm": "matmul", "rmatmul": "matmul", "matrix_norm": "norm", "to": "cast",
     "half": "cast", "bfloat16": "cast", "float": "cast", "conv2d": "conv", "conv1d": "conv",
 }  # fmt: skip
+
+
+def _stack() -> list[Any]:
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def spelled(name: str) -> str:
@@ -67,9 +72,9 @@ class CheckingMode(TorchFunctionMode):
         self._names: dict[int, tuple[nn.Module, dict[int, str]]] = {}
         self.notes: list[Note] = []
 
-    def push(self) -> None:
+    def go_on(self) -> None:
         """Go on, under every mode that is on already: they come off in their own order."""
-        if self not in (stack := _get_current_function_mode_stack()):
+        if self not in (stack := _stack()):
             for _ in stack:
                 torch._C._pop_torch_function_stack()
             for mode in (self, *stack):
@@ -77,7 +82,7 @@ class CheckingMode(TorchFunctionMode):
 
     def take_off(self) -> list[Note]:
         """Come off, wherever on the stack; returns what was seen."""
-        if self in (stack := _get_current_function_mode_stack()):
+        if self in (stack := _stack()):
             for _ in stack:
                 torch._C._pop_torch_function_stack()
             for mode in stack:
@@ -128,12 +133,12 @@ class CheckingMode(TorchFunctionMode):
     def _module(self) -> str | None:
         """The innermost module being called, by its name in the outermost one."""
         modules: list[nn.Module] = []
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self") if frame.f_code.co_name != "<module>" else None
             if isinstance(owner, nn.Module):
                 modules.append(owner)
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         if not modules:
             return None
         root = modules[-1]

@@ -34,6 +34,8 @@ class Fault:
         task: where it happened, None unknown.
         step: inner step, -1 unknown (or after the last).
         output: what became of it: the loss.
+        largest: largest magnitude among all finite numbers before it.
+        growth: norm of the weights against what it was when the task began; nan unknown.
         certain: whether it was seen to fail, rather than to be the only one that can.
         waited: gradient calls since.
     """
@@ -52,6 +54,8 @@ class Fault:
     task: Task | None = None
     step: int = -1
     output: float = math.nan
+    largest: float = 0.0
+    growth: float = math.nan
     certain: bool = True
     waited: int = 0
 
@@ -71,6 +75,8 @@ class Fault:
             "nonfinite": self.values.nonfinite,
             "elements": self.values.elements,
             "loss": self.output,
+            "largest": max(self.largest, self.values.magnitude),
+            "growth": self.growth,
             "gradient_site": name(self.site),
             "in_task": self.task.index if self.task is not None else -1,
             "in_step": self.step,

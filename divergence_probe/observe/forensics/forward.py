@@ -53,6 +53,7 @@ class Spot:
         enters: whether the bad values came in as data, and the operation is only where.
         values: the operation's inputs (the bad data, where they came in so).
         dtype: of its output.
+        largest: largest magnitude among all finite numbers up to it.
     """
 
     node: Any
@@ -60,6 +61,7 @@ class Spot:
     enters: bool
     values: Range
     dtype: str
+    largest: float = 0.0
 
 
 def first_bad(graph: Graph) -> Spot | None:
@@ -154,4 +156,9 @@ class _Reading:
     def _spot(self, node: Any, enters: bool, values: list[Tensor]) -> Spot:
         metadata = node._input_metadata
         dtype = str(metadata[0].dtype).removeprefix("torch.") if metadata else ""
-        return Spot(node, family(node.name()), enters, Range.of(values), dtype)
+        number = node._sequence_nr()
+        earlier = (n for n in self.graph.nodes if n._sequence_nr() <= number)
+        everything = Range.of(entry.value for n in earlier for entry in self.kept[n])
+        return Spot(
+            node, family(node.name()), enters, Range.of(values), dtype, everything.magnitude
+        )

@@ -6,6 +6,7 @@ order; no topological sort is needed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Graph:
                 if following is None or following in seen or following in stops:
                     continue
                 if is_leaf_node(following):
-                    index = self._leaves.get(id(following.variable))
+                    index = self._leaves.get(id(getattr(following, "variable", None)))
                     if index is not None:
                         self.inputs[following, 0] = index
                     continue
@@ -122,7 +123,7 @@ class Graph:
 
 
 def saved(node: Any) -> list[Saved]:
-    """What ``node`` kept; nothing that a saved-tensor hook would have to compute (checkpointing)."""
+    """What ``node`` kept, but for what a hook would have to compute again (checkpointing)."""
     found = []
     for attribute in dir(node):
         if not attribute.startswith(_RAW):
@@ -137,7 +138,8 @@ def saved(node: Any) -> list[Saved]:
 def _read(node: Any, attribute: str, name: str) -> Tensor | None:
     try:
         raw = getattr(node, attribute)
-        if not isinstance(raw, torch._C._autograd.SavedTensor) or raw.unpack_hook is not None:
+        saved_tensor = isinstance(raw, torch._C._autograd.SavedTensor)
+        if not saved_tensor or getattr(raw, "unpack_hook", None) is not None:
             return None
         value = getattr(node, f"_saved_{name}")
     except (RuntimeError, AttributeError):  # freed, or overwritten since
@@ -188,6 +190,11 @@ class Range:
     zeros: int = 0
     nonfinite: int = 0
     elements: int = 0
+
+    @property
+    def magnitude(self) -> float:
+        """The largest absolute value; 0 where nothing is finite."""
+        return 0.0 if math.isnan(self.minimum) else max(abs(self.minimum), abs(self.maximum))
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Range:

@@ -20,6 +20,16 @@ from divergence_probe.observe.forensics import backward, forward
 from divergence_probe.observe.forensics.checking_mode import Note, sequence_number
 from divergence_probe.observe.forensics.fault import Fault, locate
 from divergence_probe.observe.forensics.graph import Graph, Range, finite
+from divergence_probe.observe.forensics.inputs import (
+    Inputs,
+    Names,
+    given,
+    growth,
+    last_step,
+    layers_of,
+    made_by,
+    nameless,
+)
 from divergence_probe.observe.forensics.reporter import Reporter
 from divergence_probe.observe.forensics.windows import FORWARD, GRADIENT, UPDATE, Place, Window
 from divergence_probe.observe.tensors import physical
@@ -28,15 +38,8 @@ if TYPE_CHECKING:
     from divergence_probe.observe.session import Session, Task
     from divergence_probe.record.schema import Block
 
-#: What a gradient is taken of; a function where finding out takes a walk over the graph.
-Inputs = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
-#: Gives each input's position in its model and its name; called only after a fault.
-Names = Callable[[Sequence[Tensor]], Sequence[tuple[int, str]]]
-
 _MOST_LOOKS = 24
 _HALF = (torch.float16, torch.bfloat16)
-# Weights or gradients beyond this were on their way out before any operation failed.
-_EXPLODED = 1e6
 
 _INVESTIGATORS: weakref.WeakKeyDictionary[Session, Investigator] = weakref.WeakKeyDictionary()
 
@@ -89,7 +92,7 @@ class Investigator:
             return
         case = self._case
         window = Window(
-            self._session.sites.here(), _made_by(sources or inputs), sequence_number()
+            self._session.sites.here(), made_by(sources or inputs), sequence_number()
         )
         window.library = library or task is not None
         self.leave()
@@ -98,7 +101,7 @@ class Investigator:
             case.windows.open(window)
             self._reporter.advance(window)
             if loss is not None and loss.grad_fn is not None and loss.numel() == 1:
-                self._look(loss, inputs, window, names or _nameless)
+                self._look(loss, inputs, window, names or nameless)
         except Exception:  # never the user's problem: the watching goes on without forensics
             self._give_up()
 
@@ -120,7 +123,7 @@ class Investigator:
         gradients: Sequence[Tensor | None] | None,
         names: Names | None = None,
     ) -> None:
-        """The gradient was taken (None: accumulated into ``.grad``; and in a library's step, the update made)."""
+        """The gradient was taken (None: accumulated); in a library's step, the update made too."""
         window = self._case.windows.last
         if self._off or window is None:
             return
@@ -130,17 +133,17 @@ class Investigator:
             window.after = sequence_number()
         try:
             if self._risky.get(window.site) and not self._suspecting and loss is not None:
-                self._check_made(loss, _given(inputs), gradients, window, names or _nameless)
+                self._check_made(loss, given(inputs), gradients, window, names or nameless)
             self._reporter.arm(self._suspecting)
         except Exception:
             self._give_up()
 
     def _give_up(self) -> None:
-        import os, traceback
-        if os.environ.get("FXDEBUG"): traceback.print_exc()
         self._off = True
         self._reporter.close()
-        self._session.unseen("The first bad operation could not be looked for (an error of ours).")
+        self._session.unseen(
+            "The first bad operation could not be looked for: an error of ours; please report it."
+        )
 
     def _measured(self, block: Block) -> None:
         """A block was measured: where looking at each loss would wait for a device, arm now."""
@@ -160,14 +163,14 @@ class Investigator:
         suspecting = self._case.armed and self._suspecting
         if not bad and not suspecting and window.site in self._risky:
             return
-        given = _given(inputs)
+        tensors = given(inputs)
         if window.task is None:
-            self._belongs(window, self._task_of(given))
+            self._belongs(window, self._task_of(tensors))
         if bad:
             self._looks += 1
-            self._look_forward(loss, given, window, names)
+            self._look_forward(loss, tensors, window, names)
         else:
-            self._look_backward(loss, given, window, names)
+            self._look_backward(loss, tensors, window, names)
 
     def _value(self, loss: Tensor) -> float | None:
         """The loss, where looking costs no wait for a device (or one is worth it: armed)."""
@@ -181,7 +184,7 @@ class Investigator:
     ) -> None:
         graph = Graph(loss, inputs)
         self._own_task(graph, window)
-        unrolled = self._case.windows.unrolled(graph.nodes) if window.fast < 0 else None
+        unrolled = self._case.windows.unrolled(graph.nodes, window) if window.fast < 0 else None
         if unrolled is not None:
             if self._reporter.known or self._adapted_badly(window):
                 return
@@ -195,18 +198,21 @@ class Investigator:
             if spot is None:
                 self._weights_were_bad(graph, window)
         if seen is not None:
-            fault = Fault("forward", "operation", seen.operation, seen.values or Range(), seen.dtype)
+            values = seen.values or Range()
+            fault = Fault("forward", "operation", seen.operation, values, seen.dtype)
             fault.line, fault.module, number = seen.site, seen.module, seen.first
         elif spot is not None:
             what = "input" if spot.enters else "operation"
             fault = Fault("forward", what, spot.operation, spot.values, spot.dtype)
+            fault.largest = spot.largest
             number = spot.node._sequence_nr()
             position = graph.parameter(spot.node)
             if position is not None:
-                fault.layer = next(iter(_layers(names(inputs), [position])), None)
+                fault.layer = next(iter(layers_of(names(inputs), [position])), None)
         else:
             return
         fault.output = self._value(loss) or 0.0
+        fault.growth = growth(window.task, inputs)
         place = Place(window.site, FORWARD, window.before - number, fault.operation)
         self._reporter.found(fault, window, place)
 
@@ -239,13 +245,13 @@ class Investigator:
             return  # a scaler may skip such a step on purpose
         self._own_task(graph, window)
         fault, place = self._fault_of(flow.node, flow.values, flow.dtype, window)
-        fault.layers = _layers(names(inputs), flow.layers)
+        fault.layers = layers_of(names(inputs), flow.layers)
         self._suspecting = False
         self._reporter.found(fault, window, place)
 
     def _own_task(self, graph: Graph, window: Window) -> None:
         """A gradient through finished steps belongs to the task they are of."""
-        if window.task is None and self._case.windows.unrolled(graph.nodes) is not None:
+        if window.task is None and self._case.windows.unrolled(graph.nodes, window) is not None:
             window.task = next(reversed(self._session.open), None)
 
     def _fault_of(
@@ -268,7 +274,7 @@ class Investigator:
         window: Window,
         names: Names,
     ) -> None:
-        """After the call the graph's numbers are freed, but not its shape: name who is suspected."""
+        """After the call the graph's numbers are freed, but not its shape: name a suspect."""
         gradients = [tensor.grad for tensor in inputs] if gradients is None else gradients
         made = [g for g in gradients if g is not None]
         if self._reporter.known or any(g.device.type != "cpu" or g.dtype in _HALF for g in made):
@@ -277,7 +283,7 @@ class Investigator:
         if not bad or any(not finite(tensor) for tensor in inputs):
             return
         if math.isfinite(self._value(loss) or 0.0):
-            self._suspect(Graph(loss, inputs), _layers(names(inputs), bad), window)
+            self._suspect(Graph(loss, inputs), layers_of(names(inputs), bad), window)
 
     def _suspect(self, graph: Graph, layers: tuple[str, ...], window: Window) -> None:
         """Report what is most likely, unless it is seen to fail soon; the numbers are gone."""
@@ -294,37 +300,31 @@ class Investigator:
 
     def _weights_were_bad(self, graph: Graph, window: Window) -> None:
         """The step before made the weights bad: by its gradient, or by the update itself."""
-        task = window.task
-        row = task.last if task is not None else None
-        if task is None or row is None or self._reporter.known:
+        if window.task is None or self._reporter.known:
             return
-        before = [t for t in row.before if t is not None]
-        gradients = [g for g in row.gradients if g is not None]
-        if not before or not all(finite(t) for t in before) or _exploded((*before, *gradients)):
+        step = last_step(window.task)
+        if step is None:
             return
-        known = [(i, info.name) for i, info in enumerate(task.known.layout.parameters)]
-        bad = [i for i, g in enumerate(row.gradients) if g is not None and not finite(g)]
-        if bad:
-            if not any(g.dtype in _HALF for g in gradients):
-                self._suspect(graph, _layers(known, bad), window)
+        if step.bad_gradients:
+            if not step.half:
+                self._suspect(graph, step.bad_gradients, window)
                 self._reporter.latest_was_before(window)
-            return
-        bad = [i for i, t in enumerate(row.after) if t is not None and not finite(t)]
-        if bad:
-            dtype = task.known.layout.parameters[bad[0]].dtype
-            fault = Fault("update", "update", "update", Range.of((*before, *gradients)), dtype)
-            fault.line, fault.step = window.site, task.steps - 1
-            fault.layers = _layers(known, bad)
+        elif step.bad_weights:
+            fault = Fault("update", "update", "update", step.values, step.dtype)
+            fault.line, fault.step = window.site, window.task.steps - 1
+            fault.layers = step.bad_weights
             self._reporter.found(fault, window, None)
 
     def _belongs(self, window: Window, task: Task | None) -> None:
         """Note the task a gradient call goes on with; the call before it was its last step."""
         if task is None:
             return
-        window.task, window.step = task, task.steps
+        window.task = task
+        window.step = task.steps
         last = self._case.windows.last
         if last is not None and last is not window and last.task is None and task.steps:
-            last.task, last.step = task, task.steps - 1
+            last.task = task
+            last.step = task.steps - 1
 
     def _task_of(self, inputs: Inputs) -> Task | None:
         """The open task whose fast weights these are."""
@@ -335,29 +335,3 @@ class Investigator:
             if any(reference is not None and reference() is first for reference in task.fast):
                 return task
         return None
-
-
-def _given(inputs: Inputs) -> Sequence[Tensor]:
-    return inputs() if callable(inputs) else inputs
-
-
-def _nameless(inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
-    return ()
-
-
-def _layers(known: Sequence[tuple[int, str]], indices: Sequence[int]) -> tuple[str, ...]:
-    """Layers of some inputs, in the model's order."""
-    chosen = sorted(known[i] for i in indices if i < len(known) and known[i][1])
-    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for _, name in chosen))
-
-
-def _made_by(inputs: Inputs) -> int:
-    """One past the last node behind the inputs; -1 where they are leaves."""
-    node = inputs[-1].grad_fn if not callable(inputs) and inputs else None
-    return node._sequence_nr() + 1 if node is not None else -1
-
-
-def _exploded(tensors: Sequence[Tensor]) -> bool:
-    """Whether finite values are so large that what follows is an overflow like any other."""
-    bounds = [Range.of((tensor,)) for tensor in tensors]
-    return any(max(abs(b.minimum), abs(b.maximum)) > _EXPLODED for b in bounds if b.elements)

@@ -99,13 +99,13 @@ class Reporter:
         wanted = suspecting or any(fault.line < 0 for fault in self._waiting)
         case.notes = []
         if case.armed <= 0 or not (wanted or not self.known):
-            case.mode = None
+            case.mode, case.armed = None, 0
             return
         case.armed -= 1
         self._budget -= 1
         if case.mode is None:
             case.mode = CheckingMode(self._session)
-        case.mode.push()
+        case.mode.go_on()
 
     def close(self) -> None:
         """Report what still waits, but nothing of what turned out to be ordinary training."""

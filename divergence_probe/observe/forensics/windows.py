@@ -6,6 +6,7 @@ makes the same number of nodes, so an operation keeps its distance from its grad
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Window:
         fast: one past the last node of what its inputs were made by; -1 where they are leaves.
         before: the next number when it began.
         after: the next number when it ended; -1 while it runs.
-        task: its task, where it is known.
+        belongs: its task, where it is known; weak, for a task keeps the tensors of its steps.
         step: inner step within that task, -1 unknown.
         library: whether a library's own step took it, and makes the update before it returns.
     """
@@ -37,9 +38,18 @@ class Window:
     fast: int
     before: int
     after: int = -1
-    task: Task | None = None
+    belongs: weakref.ref[Task] | None = None
     step: int = -1
     library: bool = False
+
+    @property
+    def task(self) -> Task | None:
+        """Its task, where it is known and goes on."""
+        return self.belongs() if self.belongs is not None else None
+
+    @task.setter
+    def task(self, task: Task | None) -> None:
+        self.belongs = weakref.ref(task) if task is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +90,9 @@ class Windows:
         """The latest one."""
         return self.all[-1] if self.all else None
 
-    def unrolled(self, nodes: Sequence[Any]) -> int | None:
-        """Where the last gradient call ended, if ``nodes`` go back to before it."""
-        ended = [window.after for window in self.all if window.after >= 0]
+    def unrolled(self, nodes: Sequence[Any], call: Window) -> int | None:
+        """Where the gradient call before ``call`` ended, if ``nodes`` go back to before that."""
+        ended = [w.after for w in self.all if w.after >= 0 and w is not call]
         if not ended or not nodes or nodes[0]._sequence_nr() >= ended[-1]:
             return None
         return ended[-1]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from divergence_probe.observe.interventions.base import Context, Intervention
@@ -159,8 +160,7 @@ class ClonedBuffers(Intervention):
 
         _swap(context, change)
         context.patches.set_attribute(session, "finish_task", finish)
-        hook = torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
-        context.patches.add_undo(hook.remove)
+        context.patches.add_undo(register_optimizer_step_post_hook(after_step).remove)
 
     def _restore(self) -> None:
         for buffer, value in self._before.values():

@@ -114,7 +114,9 @@ class _Problems:
             first_order=bool(problem._first_order),
             base_training=bool(module.training),
         )
-        task.module_names = fast_module_names(getattr(problem, "fmodule", None) or module)
+        functional = getattr(problem, "fmodule", None)  # an iterative problem's stateless copy
+        running = getattr(functional, "stateless_model", None) or module
+        task.module_names = fast_module_names(running)
         task.in_place = True
         self.tasks[problem] = task
         return task
@@ -143,7 +145,9 @@ class _Problems:
                 descent.loss = loss.detach() * self_.gas  # it was divided by that
                 descent.gradients = [_gradient(tensor, taken) for tensor in params]
                 descent.second_order = any(
-                    g is not None and g.requires_grad for t in params if (g := taken.of(t)) is not None
+                    g is not None and g.requires_grad
+                    for t in params
+                    if (g := taken.of(t)) is not None
                 )
             return result
 
@@ -171,7 +175,9 @@ class _Problems:
         known = self._model(problem)
         after = [_kept(tensor) for tensor in problem.trainable_parameters()]
         if not len(descent.before) == len(after) == len(known.layout.parameters):
-            session.unseen(f"betty's problem {problem.name} trains other than its module's parameters.")
+            session.unseen(
+                f"betty's problem {problem.name} trains other than its module's parameters."
+            )
             return
         gradients = descent.gradients or [None] * len(after)
         site, rate = session.sites.here(), _learning_rate(problem)
@@ -235,7 +241,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 def _gradient(tensor: Tensor, taken: Taken) -> Tensor | None:
     """What the optimizer is given: ``.grad``, where looking at it is no warning."""
-    gradient = tensor.grad if tensor.is_leaf else taken.of(tensor)
+    gradient: Tensor | None = tensor.grad if tensor.is_leaf else taken.of(tensor)
     return gradient.detach().clone() if gradient is not None else None
 
 

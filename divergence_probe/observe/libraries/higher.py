@@ -108,8 +108,11 @@ class _Higher:
             copy_initial_weights=copied,
             carried_steps=_carried_steps(other),
             carried_state=_carries_state(other),
-            compiled=bool(fast is not None and "_compiled_call_impl" in fast.__dict__
-                          and fast.__dict__["_compiled_call_impl"] is not None),
+            compiled=bool(
+                fast is not None
+                and "_compiled_call_impl" in fast.__dict__
+                and fast.__dict__["_compiled_call_impl"] is not None
+            ),
             base_training=bool(base.training) if base is not None else None,
         )
         if fast is not None:

@@ -73,9 +73,7 @@ class _MetaOptimizers:
         self.session = session
         self.tasks: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
         self.nets: weakref.WeakKeyDictionary[Any, _Net] = weakref.WeakKeyDictionary()
-        self.models: weakref.WeakKeyDictionary[nn.Module, KnownModel] = (
-            weakref.WeakKeyDictionary()
-        )
+        self.models: weakref.WeakKeyDictionary[nn.Module, KnownModel] = weakref.WeakKeyDictionary()
         self.versions: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
     def add_param_group(self, original: Callable[..., None]) -> Callable[..., None]:
