@@ -52,7 +52,7 @@ class _EmptyInput(io.TextIOWrapper):
     """Standard input without anything in it, that notes when the script asks for some."""
 
     def __init__(self, note: Path) -> None:
-        super().__init__(open(os.devnull, "rb"))
+        super().__init__(open(os.devnull, "rb"))  # noqa: SIM115 - closed with this one
         self._note = note
 
     def read(self, size: int | None = -1, /) -> str:
@@ -63,6 +63,6 @@ class _EmptyInput(io.TextIOWrapper):
         self._note.touch()
         return super().readline(size)
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         self._note.touch()
         return super().__next__()

@@ -169,7 +169,7 @@ class _WatchedRun:
         from divergence_probe.report import registry
         from divergence_probe.stored import write_ending
 
-        diagnosis = replace(
+        diagnosis: Diagnosis = replace(
             self._probe.diagnosis,
             script_exit=outcome.exit_code,
             title=self._options.title,

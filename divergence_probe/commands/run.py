@@ -48,13 +48,14 @@ class Run(Command):
         group.add_argument(
             "--confirm",
             action="store_true",
-            help="run the script again under interventions, to prove the cause",
+            help="run the script again, with one thing changed at a time, to prove the cause; files it "
+            "writes are written again, and its standard input is empty then",
         )
         group.add_argument(
             "--confirm-timeout",
             metavar="SECONDS",
             type=_seconds,
-            help="limit for one such re-run",
+            help="limit for one such re-run (default: three times the run, and a minute)",
         )
         group.add_argument(
             "--inner-optimizer",

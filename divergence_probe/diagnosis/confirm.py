@@ -3,8 +3,8 @@
 What "alone stops it" means here. A re-run is *stable* when what the first run was diagnosed for is
 gone: for a divergence, nothing non-finite and no explosion, a support loss no higher at the end
 than at the start, norms within a small factor of where the task began unless that loss fell, and
-no rise beyond the edge of stability in the last step; for any other finding, that the same rule does not report it again, and
-nothing worse came in its place. A cause is confirmed when the control (nothing changed) shows the
+no rise beyond the edge of stability in the last step; for any other finding, that its cause is not
+found again, and nothing worse came in its place. A cause is confirmed when the control (nothing changed) shows the
 first run's symptom again, one of the cause's own interventions is stable, and no rival explains
 it as well: a rival that leaves the learning rate alone refutes it by being stable with an end at
 least as good; the smaller learning rate, which calms nearly anything, only by an end that is much
@@ -102,6 +102,7 @@ def symptom(diagnosis: Diagnosis) -> Finding | None:
     explained = [diagnosis.findings[index] for index in cause.findings]
     if diagnosis.verdict == "diverged":
         exploded = [finding for finding in explained if _explosion(finding)]
+        exploded = exploded or [finding for finding in diagnosis.findings if _explosion(finding)]
         if exploded:
             return min(exploded, key=lambda f: (_or_late(f.task), _or_late(f.step)))
     return explained[0]
@@ -118,8 +119,8 @@ def plan(diagnosis: Diagnosis) -> tuple[str, ...]:
         return ()
     names = list(PROOFS[cause.cause])
     for finding in diagnosis.findings:
-        if finding.severity > Severity.INFO and finding.cause in PROOFS:
-            names += PROOFS[finding.cause][:1]
+        if finding.severity > Severity.INFO and finding.cause is not None:
+            names += PROOFS.get(finding.cause, ())[:1]
     if diagnosis.verdict == "diverged":
         if any({"eval", "mixed"} & set(row.modes.values()) for row in diagnosis.batch_norm):
             names.append("batch-statistics")

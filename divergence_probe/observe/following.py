@@ -212,9 +212,9 @@ class Follower(TorchFunctionMode):
         for index, gradient in enumerate(gradients, len(pending.inputs) - len(gradients)):
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
-        if not self._pushed and not _get_current_function_mode_stack():
+        if not self._pushed and not _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             # Under a mode of the user's ours could be popped in its place: then identity decides.
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
             self._pushed = True
         pending.followed = pending.followed or self._pushed
 
@@ -224,7 +224,7 @@ class Follower(TorchFunctionMode):
         self._cut = set()
         if self._pushed and not self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
-            stack = _get_current_function_mode_stack()
+            stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
             if stack and stack[-1] is self:
                 self.__exit__(None, None, None)
                 self._pushed = False

@@ -46,7 +46,7 @@ class Patches:
         function.__defaults__ = function.__kwdefaults__ = None
         function.__code__ = namespace[function.__name__].__code__
         if not had_wrapped:
-            function.__wrapped__ = original  # type: ignore[attr-defined]
+            function.__wrapped__ = original
 
         def undo() -> None:
             function.__code__, function.__defaults__, function.__kwdefaults__ = saved

@@ -174,6 +174,8 @@ class Investigator:
 
     def _value(self, loss: Tensor) -> float | None:
         """The loss, where looking costs no wait for a device (or one is worth it: armed)."""
+        if loss.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
+            return float(loss.item())
         value = physical(loss)[0].detach()
         if value.device.type != "cpu" and not self._case.armed:
             return None

@@ -11,6 +11,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ClassVar
 
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_pre_hook,
+)
+
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
@@ -48,6 +53,12 @@ class Context:
         """Whether the user's line running now is one that takes inner steps."""
         sites = self.session.sites
         return sites.name(sites.here()) in self.sites
+
+    def before_steps(self, hook: Callable[[Any, Any, Any], None]) -> None:
+        """Run ``hook`` before every ``torch.optim`` step, and before the probe looks at it."""
+        handle = register_optimizer_step_pre_hook(hook)
+        _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)
+        self.patches.add_undo(handle.remove)
 
     def when_imported(self, library: str, install: Callable[[], None]) -> None:
         """Run ``install`` once ``library`` is there."""

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from divergence_probe.observe.interventions.base import Context, Intervention
@@ -110,7 +107,7 @@ class SmallerLearningRate(Intervention):
                 if rate is not None:
                     group["lr"] = rate
 
-        context.patches.add_undo(register_optimizer_step_pre_hook(before).remove)
+        context.before_steps(before)
         context.patches.add_undo(register_optimizer_step_post_hook(after).remove)
 
     def _gradients(self, context: Context) -> None:
@@ -127,7 +124,7 @@ class SmallerLearningRate(Intervention):
                     return original(outputs, *args, **kwargs)
                 tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
                 given = kwargs.get(name)
-                seeds = [given] if isinstance(given, Tensor) else list(given or [None] * len(tensors))
+                seeds = [given] if isinstance(given, Tensor) else given or [None] * len(tensors)
                 kwargs[name] = [
                     (torch.ones_like(t) if seed is None else seed) * FACTOR
                     for t, seed in zip(tensors, seeds, strict=True)

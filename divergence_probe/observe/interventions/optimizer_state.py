@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from divergence_probe.observe.interventions.base import Context, Intervention
 from divergence_probe.observe.tensors import leaves
@@ -65,13 +62,14 @@ class FreshOptimizerState(Intervention):
 
     def _torchopt(self, context: Context) -> None:
         import torchopt.optim.meta.base as meta
+        from torchopt.typing import UninitializedState
 
         left: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
         def step(original: Callable[..., Any]) -> Callable[..., Any]:
             def step(self_: Any, loss: Tensor) -> Any:
                 if left.get(self_) != _held(self_):
-                    self_.state_groups[:] = [meta.UninitializedState() for _ in self_.state_groups]
+                    self_.state_groups[:] = [UninitializedState() for _ in self_.state_groups]
                 result = original(self_, loss)
                 left[self_] = _held(self_)
                 return result
@@ -101,7 +99,7 @@ class FreshOptimizerState(Intervention):
                     p.detach().clone() for group in optimizer.param_groups for p in group["params"]
                 ]
 
-        context.patches.add_undo(register_optimizer_step_pre_hook(before).remove)
+        context.before_steps(before)
         context.patches.add_undo(register_optimizer_step_post_hook(after).remove)
 
 

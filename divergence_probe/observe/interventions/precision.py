@@ -39,8 +39,9 @@ class Float64(Intervention):
     def install(self, context: Context) -> None:
         """Enter the mode for the rest of the process."""
         mode = _Double()
-        mode.__enter__()
-        context.patches.add_undo(lambda: mode.__exit__(None, None, None))
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        leave: Any = mode.__exit__
+        context.patches.add_undo(lambda: leave(None, None, None))
 
         def off(original: Callable[..., None]) -> Callable[..., None]:
             def __init__(self_: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807

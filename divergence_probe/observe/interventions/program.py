@@ -35,9 +35,8 @@ class NoCheckpointing(Intervention):
         context.patches.set_attribute(
             checkpoint, "_checkpoint_without_reentrant_generator", plain
         )
-        context.patches.set_attribute(
-            checkpoint, "CheckpointFunction", lambda original: SimpleNamespace(apply=direct)
-        )
+        without: Any = SimpleNamespace(apply=direct)
+        context.patches.set_attribute(checkpoint, "CheckpointFunction", lambda original: without)
 
 
 class Uncompiled(Intervention):
@@ -61,7 +60,7 @@ class Uncompiled(Intervention):
 
             return compile
 
-        context.patches.swap_code(torch.compile, function)  # type: ignore[arg-type]
+        context.patches.swap_code(torch.compile, function)
         context.patches.set_attribute(nn.Module, "compile", method)
 
 

@@ -29,8 +29,9 @@ class EpsUnderSquareRoot(Intervention):
     def install(self, context: Context) -> None:
         """Enter the mode for the rest of the process."""
         mode = _Shifted()
-        mode.__enter__()
-        context.patches.add_undo(lambda: mode.__exit__(None, None, None))
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        leave: Any = mode.__exit__
+        context.patches.add_undo(lambda: leave(None, None, None))
 
 
 class _Shifted(TorchFunctionMode):

@@ -121,48 +121,51 @@ class GroupNormalization(Intervention):
 
 
 class ClonedBuffers(Intervention):
-    """The base's running statistics are put back when a task ends.
+    """Every task normalises with copies of the base's buffers, gone when it ends.
 
     Of a hand-written loop the end of a task is known only once the next one has taken its first
-    gradient; what that task's first forward moved is put back too, which is the inner loop's own.
+    gradient; that task's first forward then moved copies that are gone, which is the inner loop's
+    own. What moved before an optimizer step with no task since is ordinary training: it is kept.
     """
 
     name = "cloned-buffers"
-    description = "BatchNorm buffers of the base restored after each task"
+    description = "BatchNorm buffers of the base cloned for each task"
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def install(self, context: Context) -> None:
-        """Keep buffers from before a task's first forward; put them back at its end."""
+        """Hand out copies in train mode (and to evaluations after it), drop them at a task's end."""
         session = context.session
 
         def change(call: _Call) -> None:
-            if not call[5] or call[1] is None:
+            if call[1] is None or not (call[5] or id(call[1]) in self._copies):
                 return
             if not _adapting(context):
-                self._before.clear()  # statistics are being trained, outside of any task
+                self._keep()  # statistics are being trained, outside of any task
                 return
-            for buffer in call[1:3]:
-                if session.models.is_base_buffer(buffer):
-                    self._before.setdefault(id(buffer), (buffer, buffer.detach().clone()))
+            for position in (1, 2):
+                buffer = call[position]
+                if buffer.grad_fn is None:
+                    copy = (buffer, buffer.detach().clone())
+                    call[position] = self._copies.setdefault(id(buffer), copy)[1]
 
         def finish(original: Callable[..., None]) -> Callable[..., None]:
             def finish_task(task: Any) -> None:
                 original(task)
-                self._restore()
+                self._copies.clear()
 
             return finish_task
 
         def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if not context.at_inner_step():
-                self._before.clear()
+            if not context.at_inner_step() and not session.open:
+                self._keep()
 
         _swap(context, change)
         context.patches.set_attribute(session, "finish_task", finish)
         context.patches.add_undo(register_optimizer_step_post_hook(after_step).remove)
 
-    def _restore(self) -> None:
-        for buffer, value in self._before.values():
-            buffer.data.copy_(value)  # through .data: graphs that saved the buffer stay valid
-        self._before.clear()
+    def _keep(self) -> None:
+        for buffer, copy in self._copies.values():
+            buffer.data.copy_(copy)  # through .data: graphs that saved the buffer stay valid
+        self._copies.clear()

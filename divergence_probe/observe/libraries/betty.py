@@ -212,7 +212,8 @@ class _Problems:
         earlier = self.losses.pop(problem, None)
         if earlier is None or descent.loss is None:
             return descent.loss
-        return (earlier + descent.loss) / problem.gas
+        mean: Tensor = (earlier + descent.loss) / problem.gas
+        return mean
 
     def _end(self, problem: Any) -> None:
         task = self.tasks.get(problem)

@@ -184,7 +184,7 @@ class _Higher:
             [g.detach() if g is not None else None for g in raw],
             loss=loss.detach(),
             learning_rate=_learning_rate(optimizer.param_groups),
-            site=task.data["step_site"] if "step_site" in task.data else -1,
+            site=task.data.get("step_site", -1),
             forwards=forwards,
             flags=flags,
         )

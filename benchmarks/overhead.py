@@ -1,0 +1,173 @@
+"""What watching costs: paired runs, bare and watched in turn, in one process.
+
+``python benchmarks/overhead.py`` prints the table; ``--write docs/overhead.md`` writes it;
+``--pairs N`` sets how many pairs (default 25). Each figure is the median of the paired ratios, with
+the quartiles; the recording is complete and goes to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import higher
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import divergence_probe
+
+Loop = Callable[[int], float]
+
+
+def sinusoid() -> tuple[nn.Module, Tensor, Tensor]:
+    """The usual regression net: two hidden layers of 40 units, 10 samples."""
+    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    x = torch.linspace(-5, 5, 10).unsqueeze(1)
+    return net, x, torch.sin(x)
+
+
+def convolutional(filters: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The usual few-shot net: four blocks of convolution, BatchNorm, ReLU and pooling."""
+    blocks: list[nn.Module] = []
+    for i in range(4):
+        blocks += [
+            nn.Conv2d(1 if i == 0 else filters, filters, 3, padding=1),
+            nn.BatchNorm2d(filters),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(filters, 5))
+    return net, torch.randn(25, 1, 28, 28), torch.arange(5).repeat(5)
+
+
+def with_higher(net: nn.Module, x: Tensor, y: Tensor, tasks: int) -> None:
+    """MAML with higher, SGD, five second-order inner steps a task."""
+    loss_of = F.cross_entropy if y.dtype is torch.long else F.mse_loss
+    inner = torch.optim.SGD(net.parameters(), lr=0.01)
+    outer = torch.optim.Adam(net.parameters(), lr=1e-4)
+    for _ in range(tasks):
+        outer.zero_grad()
+        with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
+            for _ in range(5):
+                optimizer.step(loss_of(fast(x), y))
+            loss_of(fast(x), y).backward()
+        outer.step()
+
+
+def by_hand(net: nn.Module, x: Tensor, y: Tensor, tasks: int) -> None:
+    """MAML by hand: a list of fast weights and ``torch.autograd.grad``."""
+    outer = torch.optim.Adam(net.parameters(), lr=1e-4)
+    for _ in range(tasks):
+        outer.zero_grad()
+        fast = list(net.parameters())
+        for _ in range(5):
+            grads = torch.autograd.grad(F.mse_loss(_mlp(fast, x), y), fast, create_graph=True)
+            fast = [w - 0.01 * g for w, g in zip(fast, grads, strict=True)]
+        F.mse_loss(_mlp(fast, x), y).backward()
+        outer.step()
+
+
+def with_torch_func(net: nn.Module, x: Tensor, y: Tensor, tasks: int) -> None:
+    """MAML with ``torch.func.grad`` on a dictionary of parameters."""
+    outer = torch.optim.Adam(net.parameters(), lr=1e-4)
+
+    def loss_of(parameters: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(_mlp(list(parameters.values()), x), y)
+
+    gradient = torch.func.grad(loss_of)
+    for _ in range(tasks):
+        outer.zero_grad()
+        fast = dict(net.named_parameters())
+        for _ in range(5):
+            grads = gradient(fast)
+            fast = {name: fast[name] - 0.01 * grads[name] for name in fast}
+        loss_of(fast).backward()
+        outer.step()
+
+
+def _mlp(w: list[Tensor], x: Tensor) -> Tensor:
+    h = F.relu(F.linear(x, w[0], w[1]))
+    return F.linear(F.relu(F.linear(h, w[2], w[3])), w[4], w[5])
+
+
+#: name, loop, model, tasks a run, and the ratio we mean to stay below
+CASES = (
+    ("2x40 MLP, higher", with_higher, sinusoid, 60, 1.12),
+    ("2x40 MLP, by hand", by_hand, sinusoid, 60, 1.20),
+    ("2x40 MLP, torch.func", with_torch_func, sinusoid, 60, 1.20),
+    ("4-conv/8, higher, second order", with_higher, lambda: convolutional(8), 6, 1.04),
+    ("4-conv/64, higher, second order", with_higher, lambda: convolutional(64), 2, 1.01),
+)
+
+
+def measure(
+    loop: Callable[..., None], make: Callable[[], tuple[nn.Module, Tensor, Tensor]], tasks: int,
+    pairs: int,
+) -> list[float]:
+    """Ratios watched / bare of ``pairs`` runs, the two of a pair one after the other."""
+    torch.manual_seed(0)
+    net, x, y = make()
+    ratios = []
+    for pair in range(pairs + 2):
+        first, second = (False, True) if pair % 2 else (True, False)
+        times = {watched: _time(loop, net, x, y, tasks, watched) for watched in (first, second)}
+        if pair >= 2:  # the first two warm up
+            ratios.append(times[True] / times[False])
+    return ratios
+
+
+def _time(
+    loop: Callable[..., None], net: nn.Module, x: Tensor, y: Tensor, tasks: int, watched: bool
+) -> float:
+    context: AbstractContextManager[object] = (
+        divergence_probe.attach(net) if watched else nullcontext()
+    )
+    gc.collect()
+    with context:
+        loop(net, x, y, 2)  # what is paid once is not the cost of a step
+        started = time.perf_counter()
+        loop(net, x, y, tasks)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure every case and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--write", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        "| loop | watched / bare, median | quartiles | aim |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, loop, make, tasks, aim in CASES:
+        if arguments.only not in name:
+            continue
+        ratios = measure(loop, make, tasks, arguments.pairs)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {aim:.2f} |")
+        print(lines[-1], flush=True)
+    if arguments.write:
+        arguments.write.write_text(_page(lines, arguments.pairs), encoding="utf-8")
+
+
+def _page(lines: list[str], pairs: int) -> str:
+    return (
+        "# Overhead\n\nMade by `python benchmarks/overhead.py --write docs/overhead.md`: "
+        f"{pairs} pairs of runs, bare and watched in turn, in one process and one thread, full "
+        f"recording. torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
