@@ -1,4 +1,4 @@
-"""``attach``: watch a loop from here on; the only wiring of observe, record, rules and diagnosis."""
+"""``attach``: watch a loop from here on; the wiring of observe, record, rules and diagnosis."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
 What "alone stops it" means here. A re-run is *stable* when what the first run was diagnosed for is
 gone: for a divergence, nothing non-finite and no explosion, a support loss no higher at the end
-than at the start, norms within a small factor of where the task began unless that loss fell, and
-no rise beyond the edge of stability in the last step; for any other finding, that its cause is not
-found again, and nothing worse came in its place. A cause is confirmed when the control (nothing changed) shows the
-first run's symptom again, one of the cause's own interventions is stable, and no rival explains
-it as well: a rival that leaves the learning rate alone refutes it by being stable with an end at
-least as good; the smaller learning rate, which calms nearly anything, only by an end that is much
-better (half the loss). Where the smaller learning rate is itself the proof, any stable rival
-refutes it.
+than at the start, norms within a small factor of where the task began unless that loss fell, and no
+rise beyond the edge of stability in the last step; for any other finding, that its cause is not
+found again, and nothing worse came in its place. A cause is confirmed when the control (nothing
+changed) shows the first run's symptom again, one of the cause's own interventions is stable, and no
+rival explains it as well: a rival that leaves the learning rate alone refutes it by being stable
+with an end at least as good; the smaller learning rate, which calms nearly anything, only by an end
+that is much better (half the loss). Where the smaller learning rate is itself the proof, any stable
+rival refutes it.
 """
 
 from __future__ import annotations

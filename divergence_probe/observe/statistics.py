@@ -1,9 +1,4 @@
-"""Tensors to numbers: many rows at once, on the tensors' own device, one transfer a block.
-
-Norms of small tensors are taken by stacking one parameter over all rows of the block (about 0.2
-microseconds a tensor, against 1.3 for ``torch._foreach_norm`` and 5 for a single norm); large ones
-where they lie, without a copy.
-"""
+"""Rows to a block: many rows at once, on the tensors' own device, a few transfers a block."""
 
 from __future__ import annotations
 
@@ -14,6 +9,8 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.capture import NormalizationCall, Number, Row
+from divergence_probe.observe.norms import norms, scalars, to_numpy
+from divergence_probe.observe.steps import measure
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     MISSING,
@@ -24,121 +21,8 @@ from divergence_probe.record.schema import (
     Layout,
 )
 
-# Above this many elements stacking costs more memory traffic than it saves calls.
-_STACKED_ELEMENTS = 8192
 # What rounding leaves of an update across its gradient is below this part of it.
 _WORTH = 1e-2
-
-
-def measurable(tensor: Tensor) -> Tensor:
-    """A dense real tensor with the same norm (sparse gradients are coalesced)."""
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    elif tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def norms(tensors: Sequence[Tensor | None], width: int = 1) -> Array:
-    """Frobenius norms, in double range: finite tensors never give inf.
-
-    Args:
-        tensors: any shapes, dtypes and devices; None gives ``MISSING``.
-        width: 1, or the size of a leading task dimension that is kept.
-
-    Returns:
-        ``[len(tensors)]``, or ``[len(tensors), width]`` where ``width`` is above 1.
-    """
-    result = np.full((len(tensors), width), MISSING)
-    groups: dict[tuple[object, ...], list[int]] = {}
-    dense: dict[int, Tensor] = {}
-    for position, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
-        tensor = dense[position] = measurable(tensor)
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(position)
-    for positions in groups.values():
-        members = [dense[position] for position in positions]
-        result[positions] = _rows(_group_norms(members, width))
-    overflowed = [p for p in dense if np.isinf(result[p]).any()]
-    for position in overflowed:
-        # float32 squares overflow from 1.8e19 on: look again before calling it infinite
-        wide = dense[position].to(torch.float64).reshape(width, -1)
-        result[position] = _rows(torch.linalg.vector_norm(wide, dim=1))
-    return result[:, 0] if width == 1 else result
-
-
-def _group_norms(members: list[Tensor], width: int) -> Tensor:
-    first = members[0]
-    working = torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else None
-    if not first.is_floating_point():
-        working = torch.float64
-    if first.numel() == 0:
-        return torch.zeros(len(members), width)
-    if width == 1 and first.numel() > _STACKED_ELEMENTS:
-        flat = [member if working is None else member.to(working) for member in members]
-        return torch.stack(torch._foreach_norm(flat, 2.0)).unsqueeze(1)
-    stacked = torch.stack(members).reshape(len(members), width, -1)
-    return torch.linalg.vector_norm(stacked, dim=2, dtype=working)
-
-
-def instability(rows: Sequence[Row]) -> Array:
-    """Step size x curvature along each row's previous step; nan where there is none.
-
-    With ``g`` the gradient before a step ``u`` and ``h`` the gradient after it, the loss along the
-    step is, to second order, ``g.u (1 - s/2)`` with ``s = 1 - h.u / g.u``: above 2 the step goes
-    further up the far side than it came down. For gradient descent on a quadratic ``s`` is exactly
-    the step size times the curvature along the gradient (Nesterov, Lectures on Convex Optimization,
-    2018, section 1.2.3: gradient descent is stable below 2 / L).
-
-    Returns:
-        ``[sum of widths]``.
-    """
-    result = [np.full(row.width, np.nan) for row in rows]
-    pairs = [(i, row, row.previous) for i, row in enumerate(rows) if row.previous is not None]
-    columns: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor, Tensor]]] = {}
-    for i, row, previous in pairs:
-        updates = _differences(previous)
-        for g, h, u in zip(previous.gradients, row.gradients, updates, strict=True):
-            if g is None or h is None or u is None or g.is_sparse or not g.is_floating_point():
-                continue
-            key = (u.shape, u.dtype, u.device, row.width)
-            columns.setdefault(key, []).append((i, g, h, u))
-    slope = {i: np.zeros(row.width) for i, row, _ in pairs}
-    slope_after = {i: np.zeros(row.width) for i, row, _ in pairs}
-    for (_, _, _, width), members in columns.items():
-        g, h, u = (torch.stack([m[k] for m in members]).detach() for k in (1, 2, 3))  # type: ignore[misc]
-        u = u.reshape(len(members), width, -1).double()
-        before = _rows((g.reshape(u.shape).double() * u).sum(-1))
-        after = _rows((h.reshape(u.shape).double() * u).sum(-1))
-        for k, member in enumerate(members):
-            slope[member[0]] += before[k]
-            slope_after[member[0]] += after[k]
-    for i in slope:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            downhill = slope[i] < 0
-            result[i] = np.where(downhill, 1 - slope_after[i] / slope[i], np.nan)
-    return np.concatenate(result) if result else np.empty(0)
-
-
-def scalars(values: Sequence[Number]) -> list[float]:
-    """Numbers of one-element tensors, in one transfer a device; nan for None."""
-    result = [float("nan")] * len(values)
-    by_device: dict[torch.device, list[int]] = {}
-    for position, value in enumerate(values):
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(position)
-        elif value is not None:
-            result[position] = float(value)
-    for positions in by_device.values():
-        stacked = torch.stack([values[p].detach().reshape(-1)[0].double() for p in positions])  # type: ignore[union-attr]
-        for position, number in zip(positions, stacked.tolist(), strict=True):
-            result[position] = number
-    return result
-
-
-def _rows(tensor: Tensor) -> Array:
-    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
 def build_block(
@@ -157,13 +41,13 @@ def build_block(
         events: what happened since the block before.
         rank: this process's rank.
     """
-    parameters = _parameter_columns(rows, len(layout.parameters))
+    parameters, unstable = _steps(rows, len(layout.parameters))
     batch_norm = _batch_norm_columns(rows, layout)
     dropout = _dropout_column(rows, layout)
     expanded = np.repeat(np.arange(len(rows)), [row.width for row in rows])
     return Block(
         layout=layout,
-        scalars=_scalar_columns(rows, parameters),
+        scalars=_scalar_columns(rows) | {"instability": unstable},
         parameters=parameters,
         batch_norm={name: values[expanded] for name, values in batch_norm.items()},
         dropout=dropout[expanded],
@@ -173,57 +57,21 @@ def build_block(
     )
 
 
-def _parameter_columns(rows: Sequence[Row], width: int) -> dict[str, Array]:
-    """``[S, P]`` norms; vmapped rows stand for several rows each."""
-    columns: dict[str, list[Array]] = {name: [] for name in PARAMETER_COLUMNS}
-    plain = [row for row in rows if row.width == 1]
-    measured = {}
-    if plain:
-        updates = [_differences(row) for row in plain]
-        kinds = (
-            [t for row in plain for t in row.before],
-            [t for row in plain for t in row.after],
-            [t for update in updates for t in update],
-            [t for row in plain for t in row.gradients],
-        )
-        table = norms([t for kind in kinds for t in kind]).reshape(4, len(plain), width)
-        rates = _step_rates(kinds[2], kinds[3], table[3].reshape(-1)).reshape(1, -1, width)
-        table = np.concatenate((table, rates))
-        measured = {id(row): table[:, i] for i, row in enumerate(plain)}
-    for row in rows:
-        numbers = measured.get(id(row))
-        if numbers is None:
-            numbers = _vmapped(row)
-        else:
-            numbers = numbers[:, None, :]
-        for name, values in zip(PARAMETER_COLUMNS, numbers, strict=True):
-            columns[name].append(values)
-    return {name: np.concatenate(values) for name, values in columns.items()}
-
-
-def _vmapped(row: Row) -> Array:
-    """``[5, width, P]`` columns of a row that stands for ``width`` tasks."""
-    kinds = (row.before, row.after, _differences(row), row.gradients)
-    table = [norms(kind, row.width).T for kind in kinds]
-    return np.stack([*table, np.full_like(table[0], np.nan)])
-
-
-def _step_rates(
-    updates: Sequence[Tensor | None], gradients: Sequence[Tensor | None], sizes: Array
-) -> Array:
-    """``[len(updates)]``: minus update . gradient over the gradient's squared norm."""
-    result = np.full(len(updates), np.nan)
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, (update, gradient) in enumerate(zip(updates, gradients, strict=True)):
-        if update is not None and gradient is not None and not gradient.is_sparse:
-            groups.setdefault((update.shape, update.dtype, update.device), []).append(i)
-    for members in groups.values():
-        u = torch.stack([updates[i] for i in members])  # type: ignore[misc]
-        g = torch.stack([gradients[i].to(u.dtype) for i in members])  # type: ignore[union-attr]
-        products = _rows((u * g).reshape(len(members), -1).sum(1, dtype=torch.float32))
-        with np.errstate(all="ignore"):
-            result[members] = np.where(sizes[members] > 0, -products / sizes[members] ** 2, np.nan)
-    return result
+def _steps(rows: Sequence[Row], parameters: int) -> tuple[dict[str, Array], Array]:
+    """``[S, P]`` columns and ``[S]`` instability; a vmapped row stands for several."""
+    widths = [row.width for row in rows]
+    total = int(sum(widths))
+    columns = {name: np.empty((total, parameters)) for name in PARAMETER_COLUMNS}
+    unstable = np.empty(total)
+    starts = np.cumsum([0, *widths])
+    for width in set(widths):
+        chosen = [i for i, row in enumerate(rows) if row.width == width]
+        numbers = measure([rows[i] for i in chosen], parameters, width)
+        places = (starts[chosen][:, None] + np.arange(width)).reshape(-1)
+        for name, values in numbers.columns.items():
+            columns[name][places] = values.reshape(-1, parameters)
+        unstable[places] = numbers.instability.reshape(-1)
+    return columns, unstable
 
 
 def _differences(row: Row) -> list[Tensor | None]:
@@ -235,7 +83,7 @@ def _differences(row: Row) -> list[Tensor | None]:
     ]
 
 
-def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[str, Array]:
+def _scalar_columns(rows: Sequence[Row]) -> dict[str, Array]:
     losses = _per_task(rows, [row.loss for row in rows])
     rates = _per_task(rows, [row.learning_rate for row in rows])
     columns: dict[str, list[float]] = {
@@ -256,7 +104,6 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
     arrays["loss"] = losses
     rate_known = np.concatenate([np.full(r.width, r.learning_rate is not None) for r in rows])
     arrays["learning_rate"] = np.where(rate_known, rates, -np.inf)
-    arrays["instability"] = instability(rows)
     carried = [_total_norm(row.carried) for row in rows]
     velocities = [_carried_velocity(row) for row in rows]
     arrays["carried_velocity"] = np.repeat(velocities, [row.width for row in rows])
@@ -303,7 +150,7 @@ def _per_task(rows: Sequence[Row], values: Sequence[Number]) -> Array:
     result = []
     for row, value in zip(rows, values, strict=True):
         if isinstance(value, Tensor) and value.numel() == row.width:
-            result.append(_rows(value.reshape(-1)))
+            result.append(to_numpy(value.reshape(-1)))
         else:
             result.append(np.full(row.width, scalars([value])[0]))
     return np.concatenate(result)
@@ -404,7 +251,7 @@ def _fill_statistics(
         "bn_input_finite": torch.where(known, finite.double(), -1.0),
         "bn_untrained": untrained.double(),
     }
-    numbers = {name: _rows(values) for name, values in table.items()}
+    numbers = {name: to_numpy(values) for name, values in table.items()}
     for position, (row, _) in enumerate(members):
         for name, values in numbers.items():
             columns[name][row, layer] = values[position]

@@ -57,7 +57,8 @@ class Context:
     def before_steps(self, hook: Callable[[Any, Any, Any], None]) -> None:
         """Run ``hook`` before every ``torch.optim`` step, and before the probe looks at it."""
         handle = register_optimizer_step_pre_hook(hook)
-        _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)
+        hooks: Any = _global_optimizer_pre_hooks  # an OrderedDict, whatever its annotation says
+        hooks.move_to_end(handle.id, last=False)
         self.patches.add_undo(handle.remove)
 
     def when_imported(self, library: str, install: Callable[[], None]) -> None:

@@ -135,7 +135,7 @@ class ClonedBuffers(Intervention):
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def install(self, context: Context) -> None:
-        """Hand out copies in train mode (and to evaluations after it), drop them at a task's end."""
+        """Hand out copies in train mode (and to evaluations after it) until the task ends."""
         session = context.session
 
         def change(call: _Call) -> None:
