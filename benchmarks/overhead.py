@@ -108,7 +108,9 @@ CASES = (
 
 
 def measure(
-    loop: Callable[..., None], make: Callable[[], tuple[nn.Module, Tensor, Tensor]], tasks: int,
+    loop: Callable[..., None],
+    make: Callable[[], tuple[nn.Module, Tensor, Tensor]],
+    tasks: int,
     pairs: int,
 ) -> list[float]:
     """Ratios watched / bare of ``pairs`` runs, the two of a pair one after the other."""

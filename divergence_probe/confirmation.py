@@ -245,9 +245,7 @@ def _same(one: Finding, other: Finding) -> bool:
     return (one.rule, one.cause, one.rank) == (other.rule, other.cause, other.rank)
 
 
-def _measure(
-    folder: Path, goal: Goal, common: Rerun, code: int | None, seconds: float
-) -> Measured:
+def _measure(folder: Path, goal: Goal, common: Rerun, code: int | None, seconds: float) -> Measured:
     if not (folder / "meta.json").exists():
         return Measured("timed out" if code is None else "failed", seconds=seconds)
     recording = Recording(folder)

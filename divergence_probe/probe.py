@@ -280,8 +280,10 @@ class _Watch:
 
     def _ending(self) -> dict[str, Any]:
         exception = self._exception
-        return {"exception": vars(exception) if exception is not None else None,
-                "incomplete": list(self._analysis.collector.incomplete)}
+        return {
+            "exception": vars(exception) if exception is not None else None,
+            "incomplete": list(self._analysis.collector.incomplete),
+        }
 
     def diagnosis(self) -> Diagnosis:
         """The answer so far."""

@@ -60,7 +60,12 @@ def sample_task(characters: torch.Tensor, args: argparse.Namespace) -> Task:
     support = drawings[:, : args.shots].reshape(-1, 1, SIZE, SIZE)
     query = drawings[:, args.shots : args.shots + args.queries].reshape(-1, 1, SIZE, SIZE)
     labels = torch.arange(args.ways)
-    return support, labels.repeat_interleave(args.shots), query, labels.repeat_interleave(args.queries)
+    return (
+        support,
+        labels.repeat_interleave(args.shots),
+        query,
+        labels.repeat_interleave(args.queries),
+    )
 
 
 class ConvNet(nn.Module):
@@ -104,7 +109,9 @@ def meta_train(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace)
         losses, accuracies = [], []
         for _ in range(args.meta_batch):
             support, support_labels, query, query_labels = sample_task(characters, args)
-            with higher.innerloop_ctx(net, inner, copy_initial_weights=False, track_higher_grads=True) as (
+            with higher.innerloop_ctx(
+                net, inner, copy_initial_weights=False, track_higher_grads=True
+            ) as (
                 fnet,
                 diffopt,
             ):
@@ -117,7 +124,9 @@ def meta_train(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace)
             accuracies.append((logits.argmax(1) == query_labels).float().mean().item())
         outer.step()
         if iteration % 10 == 0 or iteration == args.iterations:
-            print(f"iteration {iteration}: train_loss={np.mean(losses):.4f} train_acc={np.mean(accuracies):.4f}")
+            print(
+                f"iteration {iteration}: train_loss={np.mean(losses):.4f} train_acc={np.mean(accuracies):.4f}"
+            )
 
 
 def meta_test(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace) -> None:
@@ -130,10 +139,14 @@ def meta_test(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace) 
     for task in range(args.eval_tasks):
         support, support_labels, query, query_labels = sample_task(characters, args)
         with higher.innerloop_ctx(net, inner, track_higher_grads=False) as (fnet, diffopt):
-            print(f">task {task} (before inner adapt): conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}")
+            print(
+                f">task {task} (before inner adapt): conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
+            )
             for _ in range(args.inner_steps):
                 diffopt.step(F.cross_entropy(fnet(support), support_labels))
-            print(f">task {task} (after inner adapt):  conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}")
+            print(
+                f">task {task} (after inner adapt):  conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
+            )
             with torch.no_grad():
                 logits = fnet(query)
         losses.append(F.cross_entropy(logits, query_labels).item())
@@ -144,7 +157,12 @@ def meta_test(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace) 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="MAML on Omniglot with higher.")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the two zips")
-    parser.add_argument("--eval-mode", choices=["train", "eval"], default="train", help="mode of the net at meta-test")
+    parser.add_argument(
+        "--eval-mode",
+        choices=["train", "eval"],
+        default="train",
+        help="mode of the net at meta-test",
+    )
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--queries", type=int, default=10)
@@ -156,7 +174,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-tasks", type=int, default=10)
     parser.add_argument("--filters", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conv1-norm", type=float, default=9.5937, help="norm of conv1 at the start; 0: not scaled")
+    parser.add_argument(
+        "--conv1-norm", type=float, default=9.5937, help="norm of conv1 at the start; 0: not scaled"
+    )
     return parser.parse_args()
 
 
@@ -164,7 +184,9 @@ def main() -> None:
     args = parse_arguments()
     for name in (META_TRAIN, META_TEST):
         if not (args.data / name).is_file():
-            sys.exit(f"omniglot_maml: no {name} in {args.data}, get it from https://github.com/brendenlake/omniglot")
+            sys.exit(
+                f"omniglot_maml: no {name} in {args.data}, get it from https://github.com/brendenlake/omniglot"
+            )
     torch.set_num_threads(1)  # the net is too small to gain from more
     torch.manual_seed(args.seed)
     net = ConvNet(args.ways, args.filters)

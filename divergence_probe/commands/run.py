@@ -48,8 +48,8 @@ class Run(Command):
         group.add_argument(
             "--confirm",
             action="store_true",
-            help="run the script again, with one thing changed at a time, to prove the cause; files "
-            "it writes are written again, and its standard input is empty then",
+            help="run the script again, with one thing changed at a time, to prove the cause; "
+            "files it writes are written again, and its standard input is empty then",
         )
         group.add_argument(
             "--confirm-timeout",

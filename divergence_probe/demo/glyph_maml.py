@@ -83,10 +83,14 @@ def meta_train(net: GlyphNet, glyphs: torch.Tensor, args: argparse.Namespace) ->
                 loss = F.cross_entropy(logits, query_labels) / args.meta_batch
                 loss.backward()
             total_loss += loss.item()
-            total_accuracy += (logits.argmax(1) == query_labels).float().mean().item() / args.meta_batch
+            total_accuracy += (
+                logits.argmax(1) == query_labels
+            ).float().mean().item() / args.meta_batch
         outer.step()
         if iteration % 5 == 0 or iteration == args.iterations:
-            print(f"iteration {iteration}: train_loss={total_loss:.4f} train_acc={total_accuracy:.4f}")
+            print(
+                f"iteration {iteration}: train_loss={total_loss:.4f} train_acc={total_accuracy:.4f}"
+            )
 
 
 def meta_test(net: GlyphNet, glyphs: torch.Tensor, args: argparse.Namespace) -> None:
@@ -113,7 +117,12 @@ def meta_test(net: GlyphNet, glyphs: torch.Tensor, args: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="MAML with higher on made-up glyphs.")
-    parser.add_argument("--eval-mode", choices=["train", "eval"], default="train", help="mode of the net at meta-test")
+    parser.add_argument(
+        "--eval-mode",
+        choices=["train", "eval"],
+        default="train",
+        help="mode of the net at meta-test",
+    )
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--queries", type=int, default=5)

@@ -33,9 +33,7 @@ class CallSites:
         self._foreign: dict[CodeType, bool] = {}
         standard = sysconfig.get_paths()["stdlib"]
         self._standard = standard
-        self._packages = tuple(
-            f"{root}/{name}/" for root in _site_roots() for name in _LIBRARIES
-        )
+        self._packages = tuple(f"{root}/{name}/" for root in _site_roots() for name in _LIBRARIES)
 
     def here(self, depth: int = 1) -> int:
         """The number of the innermost user line calling us; -1 where there is none."""

@@ -18,9 +18,7 @@ def install(patches: Patches, session: Session) -> None:
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
-    patches.set_attribute(
-        nn.Module, "load_state_dict", lambda original: _load(session, original)
-    )
+    patches.set_attribute(nn.Module, "load_state_dict", lambda original: _load(session, original))
 
 
 def _deepcopy(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,9 +129,7 @@ def _batch_statistics(data: Tensor) -> Tensor | None:
     return torch.stack((mean, variance))
 
 
-def _first_of_phase(
-    forwards: Forwards, module: nn.Module | None, weight: Tensor | None
-) -> bool:
+def _first_of_phase(forwards: Forwards, module: nn.Module | None, weight: Tensor | None) -> bool:
     """Whether this layer was not called yet since the last gradient."""
     for call in forwards.normalizations:
         if module is not None and call.module is not None and call.module() is module:

@@ -141,6 +141,7 @@ class Session:
         self.clipped: bool | None = None
         self._retention = Retention()
         self._last_rows: dict[int, Row] = {}
+        self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink
         self._rank = rank
         self._started = self._flushed = time.perf_counter()
@@ -156,9 +157,7 @@ class Session:
         """Since the probe was attached."""
         return time.perf_counter() - self._started
 
-    def event(
-        self, kind: str, task: Task | None = None, site: int = -1, **data: Any
-    ) -> None:
+    def event(self, kind: str, task: Task | None = None, site: int = -1, **data: Any) -> None:
         """Something that happened once."""
         self._events.append(
             Event(
@@ -425,7 +424,7 @@ class Session:
             if self._rows and self._rows[-1].layout != row.layout:
                 self.flush()
             self._rows.append(row)
-            self._bytes += row.size()
+            self._bytes += self._row_bytes(row)
             if (
                 len(self._rows) >= _ROWS_PER_BLOCK
                 or self._bytes > _BYTES_PER_BLOCK
@@ -433,11 +432,18 @@ class Session:
             ):
                 self.flush()
 
+    def _row_bytes(self, row: Row) -> int:
+        """Bytes a row keeps alive; the same for every row of a layout, near enough."""
+        known = self._sizes.get((row.layout, row.phase))
+        if known is None:
+            known = self._sizes[row.layout, row.phase] = row.size()
+        return known
+
     def _hold(self, task: Task, row: Row) -> None:
         """Keep a provisional task's row, but never many: ordinary training goes on for ever."""
         row.previous = None if len(task.held) >= _ROWS_HELD else row.previous
         task.held.append(row)
-        if len(task.held) > _ROWS_HELD or sum(r.size() for r in task.held) > _BYTES_PER_BLOCK:
+        if len(task.held) > _ROWS_HELD or self._row_bytes(row) * len(task.held) > _BYTES_PER_BLOCK:
             del task.held[0]
             task.held[0].previous = None
 
@@ -532,4 +538,3 @@ def _no_user_modes() -> AbstractContextManager[Any]:
     if torch._C._len_torch_dispatch_stack() == 0:
         return nullcontext()
     return _disable_current_modes()
-

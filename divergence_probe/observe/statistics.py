@@ -123,9 +123,7 @@ def _carried_velocity(row: Row) -> float:
         return float("nan")
     parts = [
         (u.reshape(-1), v.reshape(-1), g.reshape(-1))
-        for u, v, g in zip(
-            _differences(row), _differences(preceding), row.gradients, strict=True
-        )
+        for u, v, g in zip(_differences(row), _differences(preceding), row.gradients, strict=True)
         if u is not None and v is not None and g is not None and not g.is_sparse
     ]
     if not parts:

@@ -68,7 +68,9 @@ def _parameter(
     slope_after: Array,
 ) -> None:
     """Fill in one parameter's column."""
-    triples = [(row.before[parameter], row.after[parameter], row.gradients[parameter]) for row in rows]
+    triples = [
+        (row.before[parameter], row.after[parameter], row.gradients[parameter]) for row in rows
+    ]
     whole = [i for i, triple in enumerate(triples) if _is_whole(triple)]
     if len(whole) < len(rows):
         rest = sorted(set(range(len(rows))) - set(whole))

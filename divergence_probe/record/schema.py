@@ -205,7 +205,7 @@ def empty_block(layout: Layout, sites: list[str], events: list[Event], rank: int
     nothing = np.empty(0)
     return Block(
         layout,
-        {name: nothing for name in SCALAR_COLUMNS},
+        dict.fromkeys(SCALAR_COLUMNS, nothing),
         {name: np.empty((0, len(layout.parameters))) for name in PARAMETER_COLUMNS},
         {name: np.empty((0, len(layout.batch_norms))) for name in BATCH_NORM_COLUMNS},
         np.full((0, len(layout.dropouts)), MISSING),

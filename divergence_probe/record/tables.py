@@ -50,9 +50,7 @@ def _steps_of(block: Block) -> pd.DataFrame:
 
 
 def _repeated(block: Block, width: int) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        name: np.repeat(block.scalars[name], width) for name in _STEP_COLUMNS
-    }
+    data: dict[str, Any] = {name: np.repeat(block.scalars[name], width) for name in _STEP_COLUMNS}
     for name in ("task", "step"):
         data[name] = data[name].astype(int)
     data["phase"] = np.repeat([PHASES[int(p)] for p in block.scalars["phase"]], width)

@@ -176,6 +176,3 @@ class Rule:
 def missing_to_nan(values: Array) -> Array:
     """Norms that were not there to be measured as nan."""
     return np.where(values == MISSING, np.nan, values)
-
-
-

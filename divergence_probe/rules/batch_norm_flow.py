@@ -287,7 +287,13 @@ class ModeNotPropagated(Rule):
                     break
 
     def _describe(
-        self, frame: Frame, row: int, layers: tuple[str, ...], mode: float, _: float, site: str | None
+        self,
+        frame: Frame,
+        row: int,
+        layers: tuple[str, ...],
+        mode: float,
+        _: float,
+        site: str | None,
     ) -> Finding:
         word, other = ("train", "eval") if mode else ("eval", "train")
         finding = self.at(

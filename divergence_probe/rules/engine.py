@@ -140,7 +140,9 @@ class Engine:
         """Tasks that ended are not needed any more; a recording may hold a million."""
         for event in block.events:
             if event.kind == "task-end":
-                width = int(self._tasks.get((block.rank, event.task), TaskFacts(0)).data.get("width", 1))
+                width = int(
+                    self._tasks.get((block.rank, event.task), TaskFacts(0)).data.get("width", 1)
+                )
                 for offset in range(width):
                     self._tasks.pop((block.rank, event.task + offset), None)
 

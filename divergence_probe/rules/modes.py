@@ -72,9 +72,7 @@ class ModesDiffer(Rule):
         entry = hits.setdefault(index, (row, [], _word(adapted), _word(mode)))
         entry[1].append(layer)  # type: ignore[index]
 
-    def _describe(
-        self, frame: Frame, row: int, layers: list[str], was: str, now: str
-    ) -> Finding:
+    def _describe(self, frame: Frame, row: int, layers: list[str], was: str, now: str) -> Finding:
         return self.at(
             frame,
             row,
@@ -150,5 +148,3 @@ class DropoutWhileEvaluating(Rule):
     def finish(self) -> Iterator[Finding]:
         """What no outer step followed was evaluation."""
         yield from self._waiting.values()
-
-

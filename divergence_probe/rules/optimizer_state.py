@@ -68,7 +68,6 @@ class OptimizerStateCarriedOver(Rule):
                 fix="Create the inner optimizer anew for every task.",
             )
 
-
     def _by_hand(self, frame: Frame) -> Iterator[Finding]:
         """Hand-written momentum: a first step that goes on along the task before's last one."""
         velocity = frame.block.scalars["carried_velocity"]
@@ -271,9 +270,7 @@ class BaseMutated(Rule):
                 if known is not None and known[0] == int(frame.task[row]):
                     self._before[layout] = (known[0], known[1], after[row])
 
-    def _begin(
-        self, frame: Frame, row: int, layout: object, start: Array
-    ) -> Iterator[Finding]:
+    def _begin(self, frame: Frame, row: int, layout: object, start: Array) -> Iterator[Finding]:
         previous = self._before.get(layout)
         self._before[layout] = (int(frame.task[row]), start, start)
         if previous is None or previous[0] == int(frame.task[row]):

@@ -36,9 +36,10 @@ class Explanation:
 
     def fits(self, message: str, module: str) -> bool:
         """Whether it explains an exception with ``message`` out of a ``module`` class."""
-        return re.search(self.pattern, message, re.S) is not None and re.search(
-            self.module, module
-        ) is not None
+        return (
+            re.search(self.pattern, message, re.S) is not None
+            and re.search(self.module, module) is not None
+        )
 
 
 _NO_TRACKING = (

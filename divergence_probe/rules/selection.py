@@ -83,7 +83,5 @@ def parse_codes(texts: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     for code in codes:
         prefix = code.partition(":")[0]
         if prefix and not any(name.startswith(prefix) for name in known):
-            raise UsageError(
-                f"No rule starts with {prefix!r}. `probe rule --all` lists the rules."
-            )
+            raise UsageError(f"No rule starts with {prefix!r}. `probe rule --all` lists the rules.")
     return codes

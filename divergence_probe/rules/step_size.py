@@ -193,7 +193,10 @@ class IneffectiveStep(Rule):
                 f"no layer moves by more than {largest[row]:.1e} of its norm a step, though the "
                 "gradient is not small",
                 f"largest relative update {largest[row]:.1e}",
-                evidence={"largest_relative_update": float(largest[row]), "lever": float(lever[row])},
+                evidence={
+                    "largest_relative_update": float(largest[row]),
+                    "lever": float(lever[row]),
+                },
                 fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
             )
 

@@ -257,9 +257,7 @@ def test_half_precision_eps_is_zero_in_the_update() -> None:
     def halves(task: int) -> tuple[Tensor, Tensor]:
         return unused_column().half(), torch.randint(0, 2, (6,))
 
-    finding = the_one(
-        lambda: in_place(net().half(), F.cross_entropy, halves, torch.optim.Adam)
-    )
+    finding = the_one(lambda: in_place(net().half(), F.cross_entropy, halves, torch.optim.Adam))
     assert (finding.rule, finding.layer) == ("FX005", "0")
     assert finding.evidence["phase"] == "update"
     assert (finding.task, finding.step) == (0, 0)
@@ -407,8 +405,13 @@ def test_armed_only_for_a_while() -> None:
 
 @pytest.mark.parametrize(
     ("node", "operation"),
-    [("LogSoftmaxBackward0", "log_softmax"), ("LinalgVectorNormBackward0", "norm"),
-     ("AddmmBackward0", "linear"), ("SqrtBackward0", "sqrt"), ("PowBackward1", "pow")],
+    [
+        ("LogSoftmaxBackward0", "log_softmax"),
+        ("LinalgVectorNormBackward0", "norm"),
+        ("AddmmBackward0", "linear"),
+        ("SqrtBackward0", "sqrt"),
+        ("PowBackward1", "pow"),
+    ],
 )
 def test_nodes_have_the_names_users_know(node: str, operation: str) -> None:
     assert family(node) == operation

@@ -64,7 +64,7 @@ def test_growth_ranks_broken_first_then_largest_then_from_zero_by_its_first_move
 
 
 def test_telling_steps_hold_each_step_once_with_the_ends_first() -> None:
-    for longest in range(0, 40):
+    for longest in range(40):
         trace = NormTrace("w", 0, (1.0,) * longest, first_to_grow=5)
         steps = numbers.telling_steps([trace])
         assert sorted(steps) == list(range(longest))

@@ -90,7 +90,9 @@ class Score:
         bad = self.expected.get("first_nonfinite_step")
         if bad is None or self.expected["cause"] != "inner-lr-too-high":
             return None
-        steps = [f["step"] for f in self.alarms if f["rule"] in ("LR001", "LR002", "NG001", "LG001")]
+        steps = [
+            f["step"] for f in self.alarms if f["rule"] in ("LR001", "LR002", "NG001", "LG001")
+        ]
         steps = [step for step in steps if step is not None]
         return bad - min(steps) if steps else -1
 
@@ -197,8 +199,11 @@ def table(scores: list[Score]) -> str:
     lines += [_row(name, members) for name, members in sorted(groups.items())]
     lines.append(_row("**all**", scores))
     warned = [s.warned_before for s in scores if s.warned_before is not None]
-    long = [w for s, w in ((s, s.warned_before) for s in scores)
-            if w is not None and s.expected["first_nonfinite_step"] >= 4]
+    long = [
+        w
+        for s, w in ((s, s.warned_before) for s in scores)
+        if w is not None and s.expected["first_nonfinite_step"] >= 4
+    ]
     if warned:
         early = sum(w >= 2 for w in long)
         lines += [
@@ -237,7 +242,9 @@ def main() -> int:
             + "\n",
             encoding="utf-8",
         )
-    bad = [s for s in scores if (s.faulty and not s.cause_right) or (not s.faulty and s.false_alarm)]
+    bad = [
+        s for s in scores if (s.faulty and not s.cause_right) or (not s.faulty and s.false_alarm)
+    ]
     return 1 if bad else 0
 
 

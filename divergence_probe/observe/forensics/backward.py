@@ -107,9 +107,7 @@ class _Traffic:
         return look
 
 
-def first_bad(
-    gradient: Callable[..., Any], graph: Graph, inputs: Sequence[Tensor]
-) -> Flow | None:
+def first_bad(gradient: Callable[..., Any], graph: Graph, inputs: Sequence[Tensor]) -> Flow | None:
     """Take the gradient once more and name the node it turns non-finite at; None where it is sound.
 
     Args:

@@ -91,9 +91,7 @@ class CheckingMode(TorchFunctionMode):
         notes, self.notes, self._names = self.notes, [], {}
         return notes
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at it."""
         guard = self._session.guard
         first = sequence_number()

@@ -106,4 +106,3 @@ def locate(node: Any, part: str, window: Window) -> tuple[Place, str]:
         if following is not None and not is_leaf_node(following):
             taken = window.before - following._sequence_nr()
     return Place(window.site, FORWARD, None, name, taken), name
-

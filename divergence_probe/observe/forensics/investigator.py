@@ -91,9 +91,7 @@ class Investigator:
         if self._off:
             return
         case = self._case
-        window = Window(
-            self._session.sites.here(), made_by(sources or inputs), sequence_number()
-        )
+        window = Window(self._session.sites.here(), made_by(sources or inputs), sequence_number())
         window.library = library or task is not None
         self.leave()
         try:

@@ -32,9 +32,7 @@ class NoCheckpointing(Intervention):
             return once
 
         checkpoint = torch.utils.checkpoint
-        context.patches.set_attribute(
-            checkpoint, "_checkpoint_without_reentrant_generator", plain
-        )
+        context.patches.set_attribute(checkpoint, "_checkpoint_without_reentrant_generator", plain)
         without: Any = SimpleNamespace(apply=direct)
         context.patches.set_attribute(checkpoint, "CheckpointFunction", lambda original: without)
 

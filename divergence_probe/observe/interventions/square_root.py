@@ -35,9 +35,7 @@ class EpsUnderSquareRoot(Intervention):
 
 
 class _Shifted(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         root = func in _ROOTS or (func in _POWERS and len(args) > 1 and args[1] == 0.5)
         if root and args[0].requires_grad:
             zero = args[0].detach() == 0
@@ -48,9 +46,7 @@ class _Shifted(TorchFunctionMode):
 
 def _in_forward(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_name == "forward" and isinstance(
-            frame.f_locals.get("self"), nn.Module
-        ):
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module):
             return True
         frame = frame.f_back
     return False

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.models import KnownModel, fast_module_names
+from divergence_probe.observe.norms import norms
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.norms import norms
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
