@@ -107,7 +107,7 @@ CATALOGUE: tuple[Threshold, ...] = (
         "values-per-channel",
         8.0,
         "values a channel is normalised over in train mode",
-        "The standard error of the batch mean is 1/sqrt(n) batch deviations: above a third below 8.",
+        "The standard error of the batch mean is 1/sqrt(n) batch deviations: over a third below 8.",
     ),
 )
 

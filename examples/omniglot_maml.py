@@ -1,11 +1,12 @@
-"""MAML on Omniglot with higher: a 4-conv net learns to tell new characters apart from a few drawings.
+"""MAML on Omniglot with higher: a conv net learns to tell new characters apart from a few drawings.
 
-Meta-trains on images_background_small1.zip and meta-tests on images_background_small2.zip, both read as they are
-from https://github.com/brendenlake/omniglot (python/). Needs torch, higher, numpy and pillow.
+Meta-trains on images_background_small1.zip and meta-tests on images_background_small2.zip, both
+read as they are from https://github.com/brendenlake/omniglot (python/). Needs torch, higher, numpy
+and pillow.
 
     python examples/omniglot_maml.py --data FOLDER_WITH_THE_ZIPS [--eval-mode eval]
 
-Half a minute on two cores; add --filters 12 --iterations 20 --outer-lr 0.005 --eval-tasks 6 for a quick look.
+Half a minute; for a quick look: --filters 12 --iterations 20 --outer-lr 0.005 --eval-tasks 6.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def with_rotations(characters: torch.Tensor) -> torch.Tensor:
 
 
 def sample_task(characters: torch.Tensor, args: argparse.Namespace) -> Task:
-    """Support and query images [n, 1, 28, 28] with labels [n] of `args.ways` characters drawn at random."""
+    """Support and query images [n, 1, 28, 28] with labels [n] of `args.ways` random characters."""
     chosen = characters[torch.randperm(len(characters))[: args.ways]]
     drawings = torch.stack([character[torch.randperm(len(character))] for character in chosen])
     support = drawings[:, : args.shots].reshape(-1, 1, SIZE, SIZE)
@@ -90,8 +91,8 @@ class ConvNet(nn.Module):
 def scale_convolutions(net: ConvNet, conv1_norm: float) -> None:
     """Scale all conv weights by one factor that gives conv1 the wanted norm.
 
-    Batch statistics divide the scale out again, so nothing pulls it back and a long meta-training lets it grow;
-    this starts from where such a run ends.
+    Batch statistics divide the scale out again, so nothing pulls it back and a long meta-training
+    lets it grow; this starts from where such a run ends.
     """
     convolutions = [module for module in net.features if isinstance(module, nn.Conv2d)]
     factor = conv1_norm / convolutions[0].weight.norm().item()
@@ -124,9 +125,8 @@ def meta_train(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace)
             accuracies.append((logits.argmax(1) == query_labels).float().mean().item())
         outer.step()
         if iteration % 10 == 0 or iteration == args.iterations:
-            print(
-                f"iteration {iteration}: train_loss={np.mean(losses):.4f} train_acc={np.mean(accuracies):.4f}"
-            )
+            loss, accuracy = np.mean(losses), np.mean(accuracies)
+            print(f"iteration {iteration}: train_loss={loss:.4f} train_acc={accuracy:.4f}")
 
 
 def meta_test(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace) -> None:
@@ -140,12 +140,14 @@ def meta_test(net: ConvNet, characters: torch.Tensor, args: argparse.Namespace) 
         support, support_labels, query, query_labels = sample_task(characters, args)
         with higher.innerloop_ctx(net, inner, track_higher_grads=False) as (fnet, diffopt):
             print(
-                f">task {task} (before inner adapt): conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
+                f">task {task} (before inner adapt): "
+                f"conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
             )
             for _ in range(args.inner_steps):
                 diffopt.step(F.cross_entropy(fnet(support), support_labels))
             print(
-                f">task {task} (after inner adapt):  conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
+                f">task {task} (after inner adapt):  "
+                f"conv1.weight.norm={fnet.features.conv1.weight.norm():.6g}"
             )
             with torch.no_grad():
                 logits = fnet(query)
@@ -185,7 +187,8 @@ def main() -> None:
     for name in (META_TRAIN, META_TEST):
         if not (args.data / name).is_file():
             sys.exit(
-                f"omniglot_maml: no {name} in {args.data}, get it from https://github.com/brendenlake/omniglot"
+                f"omniglot_maml: no {name} in {args.data}, "
+                "get it from https://github.com/brendenlake/omniglot"
             )
     torch.set_num_threads(1)  # the net is too small to gain from more
     torch.manual_seed(args.seed)

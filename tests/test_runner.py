@@ -388,12 +388,15 @@ def test_output_comes_before_the_traceback(bench: Bench) -> None:
 
 
 def test_broken_pipe(bench: Bench) -> None:
-    bench.write("script.py", "print('x' * 10)")
+    bench.write("script.py", "input(); print('x' * 10)")  # not before the reader is gone
     codes = []
     for probed in (False, True):
         process = bench.start("script.py", probed=probed)
         assert process.stdout is not None
         process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.close()
         codes.append(process.wait(20))
     assert codes == [120, 120]
 

@@ -1,7 +1,7 @@
-"""MAML with higher on made-up glyphs: a small conv net learns to tell new glyphs apart from a few drawings.
+"""MAML with higher on made-up glyphs: a conv net learns to tell new glyphs apart from a few drawings.
 
-A glyph class is a few random strokes; a drawing of it is those strokes with their control points jittered. Needs
-torch and higher, nothing to download.
+A glyph class is a few random strokes; a drawing of it is those strokes with their control points
+jittered. Needs torch and higher, nothing to download.
 
     python -m divergence_probe.demo.glyph_maml [--eval-mode eval]
 """
@@ -22,7 +22,7 @@ Task = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def draw(strokes: torch.Tensor) -> torch.Tensor:
-    """Rasterise strokes [n, strokes, 3 control points, 2], quadratic curves in [0, 1]^2, to [n, 1, SIZE, SIZE]."""
+    """Rasterise strokes [n, strokes, 3 control points, 2] in [0, 1]^2 to [n, 1, SIZE, SIZE]."""
     time = torch.linspace(0, 1, 12).view(-1, 1)
     start, bend, end = (point.unsqueeze(-2) for point in strokes.unbind(-2))
     curve = ((1 - time) ** 2 * start + 2 * time * (1 - time) * bend + time**2 * end).flatten(1, 2)
@@ -33,7 +33,7 @@ def draw(strokes: torch.Tensor) -> torch.Tensor:
 
 
 def sample_task(glyphs: torch.Tensor, args: argparse.Namespace) -> Task:
-    """Support and query images [n, 1, SIZE, SIZE] with labels [n] of `args.ways` glyph classes drawn at random."""
+    """Support and query images [n, 1, SIZE, SIZE] with labels [n] of `args.ways` random glyphs."""
     chosen = glyphs[torch.randperm(len(glyphs))[: args.ways]]
 
     def drawings(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ class GlyphNet(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for block in range(1, 5):
             conv = nn.Conv2d(1 if block == 1 else filters, filters, 3, padding=1)
-            # As large as a long meta-training makes them: batch statistics divide the scale out again.
+            # As large as a long meta-training makes them: batch statistics divide the scale out.
             nn.init.normal_(conv.weight, std=0.5)
             layers[f"conv{block}"] = conv
             layers[f"norm{block}"] = nn.BatchNorm2d(filters)

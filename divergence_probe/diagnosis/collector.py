@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace, Summary
-from divergence_probe.record.schema import MISSING, PHASES, SUPPORT, Block, Event
+from divergence_probe.record.schema import MISSING, PHASES, SUPPORT, Array, Block, Event, Flags
 
 _STEPS_SHOWN = 64
 
@@ -70,7 +70,7 @@ class Collector:
         elif event.kind == "incomplete":
             self.incomplete.setdefault(str(data["reason"]))
 
-    def _losses(self, block: Block, support: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _losses(self, block: Block, support: Flags) -> None:
         seen = support & (block.scalars["loss_seen"] > 0)
         for row in np.flatnonzero(seen):
             loss = float(block.scalars["loss"][row])
@@ -158,11 +158,11 @@ class _WorstTask:
         self.growth = 0.0
         self.layer: str | None = None
         self._task: tuple[int, int] | None = None
-        self._norms: list[np.ndarray] = []  # type: ignore[type-arg]
+        self._norms: list[Array] = []
         self._names: tuple[str, ...] = ()
-        self._current: dict[tuple[int, int], list[np.ndarray]] = {}  # type: ignore[type-arg]
+        self._current: dict[tuple[int, int], list[Array]] = {}
 
-    def feed(self, block: Block, support: np.ndarray) -> None:  # type: ignore[type-arg]
+    def feed(self, block: Block, support: Flags) -> None:
         tasks = block.scalars["task"]
         before, after = block.parameters["norm_before"], block.parameters["norm_after"]
         for index in np.unique(tasks[support]):
@@ -180,7 +180,7 @@ class _WorstTask:
         while len(self._current) > 16:  # tasks that never said they ended
             self._current.pop(next(iter(self._current)))
 
-    def _compare(self, key: tuple[int, int], block: Block, norms: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+    def _compare(self, key: tuple[int, int], block: Block, norms: list[Array]) -> None:
         start, end = norms[0], norms[-1]
         whole = np.sqrt(np.sum(np.where(start == MISSING, 0, start) ** 2))
         with np.errstate(all="ignore"):
@@ -211,7 +211,7 @@ class _WorstTask:
         )
 
 
-def _first(norms: np.ndarray) -> int | None:  # type: ignore[type-arg]
+def _first(norms: Array) -> int | None:
     with np.errstate(all="ignore"):
         over = (norms[1:] >= 2 * norms[:-1]) & (norms[:-1] > 0) | ~np.isfinite(norms[1:])
     hits = np.flatnonzero(over)
@@ -228,7 +228,7 @@ class _Layer:
         self.log_ratio = math.nan
         self.values: int | None = None
 
-    def feed(self, columns: dict[str, np.ndarray], phases: np.ndarray) -> None:  # type: ignore[type-arg]
+    def feed(self, columns: dict[str, Array], phases: Array) -> None:
         called = columns["bn_calls"] > 0
         for number, phase in enumerate(PHASES):
             modes = columns["bn_training"][called & (phases == number)]
@@ -247,7 +247,7 @@ class _Layer:
             self.values = int(min(values.min(), self.values or values.min()))
         self._worst(columns["bn_mean_distance"][rows], columns["bn_log_variance_ratio"][rows])
 
-    def _worst(self, distances: np.ndarray, ratios: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _worst(self, distances: Array, ratios: Array) -> None:
         if np.isfinite(distances).any():
             self.distance = float(np.fmax(self.distance, np.nanmax(distances)))
         finite = ratios[np.isfinite(ratios)]

@@ -1,4 +1,4 @@
-"""What instruments hand to the session: references to the tensors of one row, nothing computed yet."""
+"""What instruments hand to the session: references to one row's tensors, nothing computed yet."""
 
 from __future__ import annotations
 
@@ -120,7 +120,12 @@ class Forwards:
             [c for c in self.dropouts if c.order > since and c.differentiable],
             [c for c in self.losses if c.order > since],
         )
-        taken = {call.order for call in (*own.normalizations, *own.dropouts, *own.losses)}
+        calls: list[NormalizationCall | DropoutCall | LossCall] = [
+            *own.normalizations,
+            *own.dropouts,
+            *own.losses,
+        ]
+        taken = {call.order for call in calls}
         self.normalizations = [c for c in self.normalizations if c.order not in taken]
         self.dropouts = [c for c in self.dropouts if c.order not in taken]
         self.losses = [c for c in self.losses if c.order not in taken]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ def install(patches: Patches, session: Session) -> None:
     for name, changed in (("clip_grad_norm_", _by_norm), ("clip_grad_value_", _by_value)):
         function = getattr(clip_grad, name)
         function = getattr(function, "__wrapped__", function)  # under torch's no_grad decorator
-        patches.swap_code(function, lambda original, how=changed: _clip(session, original, how))
+        patches.swap_code(function, partial(_clip, session, changed))
 
 
 def _clip(
-    session: Session, original: Callable[..., Any], changed: Callable[..., bool]
+    session: Session, changed: Callable[..., bool], original: Callable[..., Any]
 ) -> Callable[..., Any]:
     guard = session.guard
 
@@ -38,7 +39,7 @@ def _clip(
         with guard.inside():
             result = original(parameters, *args, **kwargs)
         with guard.work():
-            bound = args[0] if args else kwargs.get("max_norm", kwargs.get("clip_value"))
+            bound: Any = args[0] if args else kwargs.get("max_norm", kwargs.get("clip_value"))
             session.clipped = changed(result, largest, float(bound))
         return result
 

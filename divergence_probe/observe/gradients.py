@@ -176,7 +176,8 @@ class _Gradients:
                 else:  # an optimizer takes the step: its hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
-                self._open("backward", _first_tensor(tensors), reached)
+                adds = any(_is_nonzero(gradient) for _, gradient in carried)
+                self._open("backward", _first_tensor(tensors), reached, adds)
                 self._forensics.before(_first_tensor(tensors), parameters, names=self._names)
             with self._guard.gradient_call():
                 result = original(tensors, *args, **kwargs)
@@ -261,9 +262,11 @@ class _Gradients:
 
         return _autograd_grad
 
-    def _open(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
+    def _open(
+        self, function: str, loss: Tensor | None, inputs: Sequence[Tensor], adds: bool = False
+    ) -> None:
         self._library_query(loss)
-        self._loops.opening(function, loss, inputs)
+        self._loops.opening(function, loss, inputs, adds)
 
     def _note(
         self,
@@ -311,3 +314,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _is_nonzero(gradient: Tensor) -> bool:
+    """Whether a gradient that is there already adds anything; not asked of a device to wait for."""
+    return gradient.device.type != "cpu" or gradient.is_sparse or bool(gradient.any())

@@ -67,12 +67,23 @@ class Loops:
         if self._thread.follower is not None:
             self._thread.follower.stop()
 
-    def opening(self, function: str, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
-        """A gradient is about to be taken: what was being followed is complete by now."""
+    def opening(
+        self, function: str, loss: Tensor | None, inputs: Sequence[Tensor], adds: bool = False
+    ) -> None:
+        """A gradient is about to be taken: what was being followed is complete by now.
+
+        Args:
+            function: ``"grad"``, ``"backward"`` or ``"func"``.
+            loss: what it is taken of.
+            inputs: what it is taken with respect to.
+            adds: whether a backward will add to gradients that are there already.
+        """
         thread = self._thread
         thread.forwards = self._session.loose.forwards.split_for(loss, self._foreign_to(inputs))
         pending = thread.pending
-        thread.extends = pending is not None and self._extends(pending, function, loss, inputs)
+        thread.extends = pending is not None and self._extends(
+            pending, function, loss, inputs, adds
+        )
         if not thread.extends:
             if thread.follower is not None:
                 thread.follower.stop()
@@ -179,7 +190,12 @@ class Loops:
             self._session.name_forwards(pending.forwards, known, pending.task)
 
     def _extends(
-        self, pending: Pending, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
+        self,
+        pending: Pending,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        adds: bool,
     ) -> bool:
         """Whether the same step goes on: one ``grad()`` a parameter, or accumulation."""
         if pending.function != function or function == "func":
@@ -191,7 +207,7 @@ class Loops:
         same_inputs = len(inputs) == len(pending.inputs) and all(
             reference() is tensor for reference, tensor in zip(pending.inputs, inputs, strict=True)
         )
-        return same_inputs and not pending.updated and not pending.escaped
+        return adds and same_inputs and not pending.updated and not pending.escaped
 
     def _extend(
         self,
@@ -359,6 +375,10 @@ class Loops:
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         if own:
             session.adapted_by_hand.add(known)
+        models = session.models
+        task.began = [
+            weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
+        ]
         thread.task = task
         self._in_place.began(task, pending.before)
         return task

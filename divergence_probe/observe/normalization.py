@@ -178,7 +178,8 @@ def _dropout(session: Session, original: Callable[..., Tensor]) -> Callable[...,
         inplace: bool = False,
     ) -> Tensor:
         if training is None:
-            training = original.__defaults__[1]  # type: ignore[attr-defined]
+            defaults: Any = original.__defaults__
+            training = defaults[1]
         if torch.compiler.is_compiling() or not guard.watching:
             return original(input, p, training, inplace)
         with guard.inside():

@@ -26,7 +26,14 @@ class _Finished:
 
     def alive(self) -> bool:
         """Whether a graph still hangs on one of its fast weights."""
-        return any(t is not None and t.grad_fn is not None for t in (ref() for ref in self.fast))
+        return any(t is not None and _carries_graph(t) for t in (ref() for ref in self.fast))
+
+
+def _carries_graph(tensor: Tensor) -> bool:
+    """Whether a graph hangs on a tensor, or on the gradient a ``create_graph`` backward left."""
+    if not tensor.is_leaf:
+        return True
+    return tensor.grad is not None and tensor.grad.grad_fn is not None
 
 
 class Retention:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from divergence_probe.observe.callsite import CallSites
-from divergence_probe.observe.capture import Forwards, NormalizationCall, Number, Row
+from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall, Number, Row
 from divergence_probe.observe.following import Learned
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models, is_compiled
@@ -67,6 +67,7 @@ class Task:
         module_names: names of the modules of its fast model, by identity.
         last: the row of its last step.
         fast: weak references to its current fast weights.
+        began: weak references to the leaves of its own that it started from, if it did.
         base: the model whose weights it started from, where those are other tensors.
         positions: which of the model's parameters its loop moves, in the loop's order.
         inputs: weak references to what its next gradient is expected to be taken of.
@@ -90,6 +91,7 @@ class Task:
     module_names: dict[int, str] | None = None
     last: Row | None = None
     fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    began: list[weakref.ref[Tensor]] = field(default_factory=list)
     base: KnownModel | None = None
     positions: list[int] = field(default_factory=list)
     inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
@@ -398,7 +400,7 @@ class Session:
         if task.provisional:
             return
         self.event("task-end", task, -1, steps=task.steps)
-        kept = self._retention.ended(task.site, task.fast)
+        kept = self._retention.ended(task.site, [*task.fast, *task.began])
         if kept is not None:
             self.event("graph-retained", task, kept[1], tasks=kept[0])
         if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
@@ -449,7 +451,11 @@ class Session:
 
     def name_forwards(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
         """Give every call its layer name while its module is still alive."""
-        for order, call in enumerate((*forwards.normalizations, *forwards.dropouts)):
+        calls: list[NormalizationCall | DropoutCall] = [
+            *forwards.normalizations,
+            *forwards.dropouts,
+        ]
+        for order, call in enumerate(calls):
             if call.name is not None:
                 continue
             module = call.module() if call.module is not None else None
@@ -516,7 +522,7 @@ class Session:
 
 
 def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
-    """Whether two sets of weights are equal; only looked at where no device has to be waited for."""
+    """Whether two sets of weights are equal; looked at only where no device is waited for."""
     return all(
         a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
         for a, b in zip(left, right, strict=True)

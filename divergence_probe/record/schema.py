@@ -1,7 +1,8 @@
 """The shape of a recording: which columns a step has, what they mean, and their units.
 
-A recording is a folder: ``meta.json`` and, for each rank, two Arrow IPC streams, ``rank-N/steps.arrow``
-and ``rank-N/events.arrow``. Arrow readers (pandas, polars, DuckDB) read the streams as they are.
+A recording is a folder: ``meta.json`` and, for each rank, two Arrow IPC streams,
+``rank-N/steps.arrow`` and ``rank-N/events.arrow``. Arrow readers (pandas, polars, DuckDB) read the
+streams as they are.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ PARAMETER_COLUMNS: dict[str, str] = {
     "norm_after": "Frobenius norm after the step",
     "update_norm": "Frobenius norm of after - before",
     "gradient_norm": "Frobenius norm of the gradient that was applied; -1 where there was none",
-    "step_rate": "-(update . gradient) / |gradient|^2: the learning rate of plain descent; nan unknown",
+    "step_rate": "-(update . gradient) / |gradient|^2: the learning rate of plain descent; nan "
+    "unknown",
 }
 
 #: One number a normalisation layer a row; -1 (or nan for distances) where it was not called.
@@ -84,6 +86,7 @@ FLAGS = {
 }
 
 Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

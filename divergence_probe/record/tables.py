@@ -23,8 +23,10 @@ _STEP_COLUMNS = ("task", "step", "loss", "learning_rate", "instability", "second
 
 
 def steps(recording: Recording) -> pd.DataFrame:
-    """One row per step and parameter: ``task, step, phase, parameter, norm_before, norm_after,
-    update_norm, gradient_norm, growth, loss, learning_rate, instability, site``.
+    """One row per step and parameter.
+
+    Columns: ``task, step, phase, parameter, norm_before, norm_after, update_norm, gradient_norm,
+    growth, loss, learning_rate, instability, site``.
 
     Norms are Frobenius norms; a norm that was not there to be measured is NA. ``growth`` is
     ``norm_after / norm_before``.

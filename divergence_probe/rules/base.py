@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, OUTER, QUERY, SUPPORT, Array, Block, Event
+from divergence_probe.record.schema import (
+    MISSING,
+    OUTER,
+    QUERY,
+    SUPPORT,
+    Array,
+    Block,
+    Event,
+    Flags,
+)
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
 
@@ -74,25 +83,25 @@ class Frame:
         return self.block.scalars["step"]
 
     @property
-    def support(self) -> Array:
+    def support(self) -> Flags:
         """``[S]`` whether the row is an inner step."""
-        return self.block.scalars["phase"] == SUPPORT  # type: ignore[return-value]
+        return np.asarray(self.block.scalars["phase"] == SUPPORT)
 
     @property
-    def query(self) -> Array:
+    def query(self) -> Flags:
         """``[S]`` whether the row is a query."""
-        return self.block.scalars["phase"] == QUERY  # type: ignore[return-value]
+        return np.asarray(self.block.scalars["phase"] == QUERY)
 
     @property
-    def outer(self) -> Array:
+    def outer(self) -> Flags:
         """``[S]`` whether the row is an outer step."""
-        return self.block.scalars["phase"] == OUTER  # type: ignore[return-value]
+        return np.asarray(self.block.scalars["phase"] == OUTER)
 
     def events(self, kind: str) -> Iterator[Event]:
         """Events of one kind in this block."""
         return (event for event in self.block.events if event.kind == kind)
 
-    def first_rows(self, hit: Array) -> Iterator[int]:
+    def first_rows(self, hit: Flags) -> Iterator[int]:
         """For every task with a hit row, the first such row.
 
         Args:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import Event
+from divergence_probe.record.schema import Array, Event, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
@@ -47,7 +47,7 @@ class RunningStatisticsLeak(Rule):
         super().__init__(thresholds)
         # the task that moved a layer's statistics last, what they were when it began, and how
         self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
-        self._weights: dict[object, tuple[int, np.ndarray, np.ndarray]] = {}  # type: ignore[type-arg]
+        self._weights: dict[object, tuple[int, Array, Array]] = {}
         self._carried: dict[tuple[object, int], bool] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
@@ -152,7 +152,7 @@ class TransductiveStatistics(Rule):
                 self._waiting[int(frame.task[row])] = self._describe(frame, row, hit)
         return iter(())
 
-    def _describe(self, frame: Frame, row: int, hit: np.ndarray) -> Finding:  # type: ignore[type-arg]
+    def _describe(self, frame: Frame, row: int, hit: Flags) -> Finding:
         columns = np.flatnonzero(hit[row])
         layers = tuple(frame.normalization(int(c)) for c in columns)
         shared = bool((frame.block.batch_norm["bn_shared"][row, columns] == 1).any())

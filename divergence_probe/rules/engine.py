@@ -69,7 +69,7 @@ class Engine:
         if first is None:
             self._folded[key] = finding
             return True
-        layers = first.layers + tuple(l for l in finding.layers if l not in first.layers)
+        layers = first.layers + tuple(x for x in finding.layers if x not in first.layers)
         worse = finding.severity > first.severity
         kept = finding if worse else first
         self._folded[key] = replace(kept, count=first.count + finding.count, layers=layers)

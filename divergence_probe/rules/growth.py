@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
 
@@ -59,8 +60,8 @@ class NormExplosion(Rule):
         self,
         frame: Frame,
         row: int,
-        over: np.ndarray,  # type: ignore[type-arg]
-        growth: np.ndarray,  # type: ignore[type-arg]
+        over: Flags,
+        growth: Array,
     ) -> Finding:
         rows = np.flatnonzero((frame.task == frame.task[row]) & frame.support)
         last = int(rows[-1])
@@ -87,7 +88,7 @@ class NormExplosion(Rule):
         )
 
 
-def _healthy_later(frame: Frame) -> np.ndarray:  # type: ignore[type-arg]
+def _healthy_later(frame: Frame) -> Flags:
     """``[S]``: whether the task's next loss is below its first (known only after the step)."""
     losses, tasks = frame.block.scalars["loss"], frame.task
     result = np.zeros(len(tasks), dtype=bool)
@@ -130,7 +131,8 @@ class LossExplosion(Rule):
         losses = frame.block.scalars["loss"]
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.fmax(np.abs(frame.first_loss), 1e-2)
-            over = frame.support & (losses / scale >= self.thresholds["loss-growth"])
+            grown = losses / scale >= self.thresholds["loss-growth"]
+        over = frame.support & np.asarray(grown)
         for row in frame.first_rows(over):
             first, here = float(frame.first_loss[row]), float(losses[row])
             step = int(frame.step[row])

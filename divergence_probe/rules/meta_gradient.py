@@ -1,4 +1,4 @@
-"""What reaches the outer step: whether the meta-gradient exists, is of the right order, and size."""
+"""What reaches the outer step: whether the meta-gradient exists, its order, and its size."""
 
 from __future__ import annotations
 

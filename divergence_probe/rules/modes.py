@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from divergence_probe.record.schema import QUERY, SUPPORT
-from divergence_probe.rules.base import Frame, Rule
+from divergence_probe.rules.base import Frame, Rule, TaskFacts
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.thresholds import Thresholds
+
+#: By task: the row, the layers, and the mode they ran in before and in this row.
+_Hits = dict[int, tuple[int, list[str], str, str]]
 
 
 class ModesDiffer(Rule):
@@ -41,12 +45,12 @@ class ModesDiffer(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
-        hits: dict[int, tuple[int, list[str], str, str]] = {}
+        hits: _Hits = {}
         for names, values in (
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
             (frame.block.layout.dropouts, frame.block.dropout),
         ):
-            for row in np.flatnonzero(~frame.outer):
+            for row in map(int, np.flatnonzero(~frame.outer)):
                 phase = int(frame.block.scalars["phase"][row])
                 facts = frame.tasks.get(int(frame.task[row]))
                 if facts is None:
@@ -58,10 +62,9 @@ class ModesDiffer(Rule):
 
     @staticmethod
     def _compare(
-        facts: object, phase: int, layer: str, mode: float, row: int, hits: dict[int, object]
+        facts: TaskFacts, phase: int, layer: str, mode: float, row: int, hits: _Hits
     ) -> None:
-        modes = facts.modes  # type: ignore[attr-defined]
-        index = facts.index  # type: ignore[attr-defined]
+        modes = facts.modes
         if phase == SUPPORT:
             modes[SUPPORT, layer] = mode
             return
@@ -69,8 +72,8 @@ class ModesDiffer(Rule):
         if adapted is None or adapted == mode or modes.get((QUERY, layer)) == mode:
             return
         modes[QUERY, layer] = mode
-        entry = hits.setdefault(index, (row, [], _word(adapted), _word(mode)))
-        entry[1].append(layer)  # type: ignore[index]
+        entry = hits.setdefault(facts.index, (row, [], _word(adapted), _word(mode)))
+        entry[1].append(layer)
 
     def _describe(self, frame: Frame, row: int, layers: list[str], was: str, now: str) -> Finding:
         return self.at(
@@ -121,8 +124,8 @@ class DropoutWhileEvaluating(Rule):
     name = "dropout-in-evaluation"
     severity = Severity.INFO
 
-    def __init__(self, thresholds: object) -> None:
-        super().__init__(thresholds)  # type: ignore[arg-type]
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
         self._waiting: dict[int, Finding] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING
+from divergence_probe.record.schema import MISSING, Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
 
@@ -57,11 +57,11 @@ class NonFinite(Rule):
         self,
         frame: Frame,
         row: int,
-        before: np.ndarray,  # type: ignore[type-arg]
-        statistics: np.ndarray,  # type: ignore[type-arg]
-        loss: np.ndarray,  # type: ignore[type-arg]
-        gradient: np.ndarray,  # type: ignore[type-arg]
-        after: np.ndarray,  # type: ignore[type-arg]
+        before: Flags,
+        statistics: Flags,
+        loss: Flags,
+        gradient: Flags,
+        after: Flags,
     ) -> Finding:
         value = frame.block.scalars["loss"][row]
         layers: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class NonFinite(Rule):
         )
 
 
-def _bad(norms: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _bad(norms: Array) -> Flags:
     return np.asarray(~np.isfinite(norms) & (norms != MISSING))
 
 

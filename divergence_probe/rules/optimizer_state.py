@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import FLAGS, Array
+from divergence_probe.record.schema import FLAGS, Array, Flags
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
 
 # Two directions in thousands of dimensions are this parallel only if one is made of the other.
-_PARALLEL = 0.99
+_PARALLEL = 0.9999
 
 
 class OptimizerStateCarriedOver(Rule):
@@ -244,10 +244,15 @@ class BaseMutated(Rule):
         self._stepped: dict[object, int] = {}
         self._pending: list[Finding] = []
         self._outer_steps = 0
+        self._without_effect = 0
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Compare each task's first row with the task before it, in order of time."""
         for event in frame.events("restore-without-effect"):
+            # Once may be the first restore, of a state saved just before it.
+            self._without_effect += 1
+            if self._without_effect < 2:
+                continue
             yield self.finding(
                 "load_state_dict puts back the very weights the task ended with: the state was "
                 "kept by reference, so nothing is restored",
@@ -307,7 +312,7 @@ class BaseMutated(Rule):
         )
 
     def _describe(
-        self, frame: Frame, row: int, moved: Array, kept: Array, adapted: Array
+        self, frame: Frame, row: int, moved: Flags, kept: Flags, adapted: Flags
     ) -> Finding:
         columns = np.flatnonzero(moved)
         layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in columns))

@@ -36,6 +36,7 @@ def collinearity(frame: Frame) -> Array:
 
 
 def median_rate(frame: Frame, row: int) -> float:
+    """The median of a row's known step rates; nan where none is known."""
     rates = frame.block.parameters["step_rate"][row]
     rates = rates[np.isfinite(rates)]
     return float(np.median(rates)) if len(rates) else math.nan

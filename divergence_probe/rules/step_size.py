@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from divergence_probe.record.schema import Array
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import collinearity, descent, median_rate, whole_norm
@@ -70,7 +70,7 @@ class StepBeyondStability(Rule):
         """One finding a task, as soon as the course is clear."""
         gradients = whole_norm(frame.block.parameters["gradient_norm"])
         descents = descent(frame)
-        for row in np.flatnonzero(frame.support & (frame.block.scalars["loss_seen"] > 0)):
+        for row in map(int, np.flatnonzero(frame.support & (frame.block.scalars["loss_seen"] > 0))):
             key = (frame.block.rank, int(frame.task[row]))
             course = self._courses.setdefault(key, _Course())
             if self._overshoots(frame, row, course, float(gradients[row])):
@@ -80,7 +80,7 @@ class StepBeyondStability(Rule):
             loss = float(frame.block.scalars["loss"][row])
             if not course.reported and self._is_clear(course, loss, float(frame.first_loss[row])):
                 course.reported = True
-                yield self._describe(frame, int(row), course)
+                yield self._describe(frame, row, course)
             course.loss, course.gradient = loss, float(gradients[row])
             course.descent = float(descents[row])
             course.lowest = min(course.lowest, loss) if math.isfinite(loss) else course.lowest
@@ -324,7 +324,7 @@ class NoParameterChange(Rule):
             )
         yield from self._repeated(frame)
 
-    def _still(self, frame: Frame, update: Array, gradient: Array) -> Array:
+    def _still(self, frame: Frame, update: Array, gradient: Array) -> Flags:
         """``[S]`` whether nothing moved although the step was large enough to be representable."""
         before = missing_to_nan(frame.block.parameters["norm_before"])
         rate = frame.block.scalars["learning_rate"]
@@ -333,7 +333,7 @@ class NoParameterChange(Rule):
         with np.errstate(all="ignore"):
             due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
         due &= ~np.asarray(half, dtype=bool)
-        moved = np.nan_to_num(update, nan=0.0) != 0
+        moved = update != 0  # also where it was not seen: that says nothing
         return np.asarray(due.any(1) & ~moved.any(1))
 
     def _repeated(self, frame: Frame) -> Iterator[Finding]:

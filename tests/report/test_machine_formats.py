@@ -33,7 +33,7 @@ def test_json_is_strict_and_complete(name: str) -> None:
     assert report == json_report.to_dict(diagnosis)
     assert list(report) == [
         "schema_version", "tool", "script_exit", "exception", "verdict", "summary",
-        "root_cause", "findings",
+        "root_cause", "findings", *(["interventions"] if diagnosis.interventions else []),
     ]  # fmt: skip
     assert list(report["summary"]) == [
         "tasks", "inner_steps", "layers", "adapters", "overhead_fraction", "ranks",
