@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from divergence_probe.version import __version__
 
 if TYPE_CHECKING:
-    from divergence_probe.errors import DivergenceDetected, ProbeError
+    from divergence_probe.errors import (
+        DivergenceDetected,
+        ProbeError,
+        RecordingError,
+        UsageError,
+    )
     from divergence_probe.probe import Probe, attach
     from divergence_probe.record.reader import Recording
     from divergence_probe.testing import assert_no_divergence, diagnose, load
@@ -23,6 +28,8 @@ _PUBLIC = {
     "load": "divergence_probe.testing",
     "Recording": "divergence_probe.record.reader",
     "DivergenceDetected": "divergence_probe.errors",
+    "RecordingError": "divergence_probe.errors",
+    "UsageError": "divergence_probe.errors",
     "ProbeError": "divergence_probe.errors",
 }
 

@@ -9,12 +9,12 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from divergence_probe.diagnosis.analysis import Analysis
+from divergence_probe.diagnosis.analysis import SWITCHED_OFF, Analysis
 from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
 from divergence_probe.errors import DivergenceDetected, UsageError
 from divergence_probe.record.reader import Recording
@@ -27,7 +27,7 @@ from divergence_probe.thresholds import Thresholds
 from divergence_probe.version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from divergence_probe.observe.raised import InnerLines
     from divergence_probe.observe.session import Session, Task
@@ -50,8 +50,10 @@ class Probe(ContextDecorator):
         on_finding: Callable[[Finding], None] | None = None,
         on_block: Callable[[Analysis], None] | None = None,
         meta: Mapping[str, Any] | None = None,
+        inner: Iterable[Any] = (),
     ) -> None:
         self._models = tuple(models)
+        self._inner = tuple(inner)
         self._raise_on = Severity.of(raise_on) if raise_on is not None else None
         self._output = Path(output) if output is not None else None
         self._force = force
@@ -104,6 +106,60 @@ class Probe(ContextDecorator):
         assert session is not None
         return session
 
+    def task(self, name: str) -> AbstractContextManager[None]:
+        """Say that what runs inside is one task, where that cannot be inferred.
+
+        Args:
+            name: a label for the recording's tasks.
+        """
+        from divergence_probe.observe import labels
+
+        return labels.task(self._live(), name)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Say that what runs inside belongs to a phase.
+
+        Args:
+            name: ``"support"``, ``"query"`` or ``"meta-test"``.
+
+        Raises:
+            UsageError: for another name, on entering.
+        """
+        from divergence_probe.observe import labels
+
+        return labels.phase(self._live(), name)
+
+    def step(
+        self,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Record one inner step by hand, for updates that leave torch.
+
+        Args:
+            before: parameters before the step, by name.
+            after: the same parameters after it.
+            gradients: the gradients that were applied, by name; may lack some.
+            loss: the loss they were taken of, a scalar.
+            learning_rate: of the step.
+
+        Raises:
+            UsageError: where ``before`` and ``after`` differ in names.
+        """
+        from divergence_probe.observe import labels
+
+        labels.step(self._live(), before, after, gradients or {}, loss, learning_rate)
+
+    def _live(self) -> Session:
+        session = self._current()._session
+        if session is None:
+            raise UsageError("The probe is not attached: use its labels inside the `with` block.")
+        return session
+
     def _current(self) -> _Watch:
         if self._last is None:
             raise UsageError("The probe was never attached: use it as `with attach() as probe:`.")
@@ -120,6 +176,7 @@ def attach(
     intent: Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
     on_finding: Callable[[Finding], None] | None = None,
+    inner: Any = (),
 ) -> Probe:
     """Watch every inner loop that runs inside the ``with`` block (or the decorated function).
 
@@ -136,6 +193,8 @@ def attach(
         intent: what is meant, so that it is not remarked on, such as ``"reptile"``.
         thresholds: overrides by name.
         on_finding: called with each finding of a new kind, as it is made.
+        inner: optimizer (or several) whose steps are inner steps, where a loop that adapts a model
+            in place never starts over and so looks like ordinary training.
 
     Raises:
         RecordingError: ``output`` cannot be written, or holds a recording already.
@@ -150,6 +209,7 @@ def attach(
         selection=Selection(tuple(select), tuple(ignore), tuple(intent)),
         thresholds=Thresholds(thresholds),
         on_finding=on_finding,
+        inner=inner if isinstance(inner, list | tuple) else (inner,),
     )
 
 
@@ -183,6 +243,7 @@ class _Watch:
         self._lines = InnerLines()
         self._session = Session(self, Guard())
         self._session.eager = self._probe._raise_on is not None
+        self._session.inner = self._probe._inner
         for model in models:
             self._session.models.register(model)
         self._started = time.perf_counter()
@@ -235,7 +296,7 @@ class _Watch:
         self._analysis.finish()
         if guard_failed:
             self._analysis.collector.incomplete.setdefault(
-                f"The probe switched itself off during the run: {guard_failed}."
+                f"{SWITCHED_OFF} during the run: {guard_failed}."
             )
         self._writer.close(
             {"seconds": self._seconds, "overhead_fraction": self._overhead(), **self._ending()}
@@ -294,6 +355,7 @@ class _Watch:
         output = self._probe._output
         return self._analysis.diagnosis(
             overhead=self._overhead(),
+            seconds=self._seconds or time.perf_counter() - self._started,
             exception=self._exception,
             recording=str(output) if output is not None else None,
         )

@@ -108,6 +108,7 @@ class _WatchedRun:
         self._started = time.perf_counter()
         self._progress = ProgressLine()
         self._probe: Probe = Probe(
+            inner=(options.inner_optimizer,) if options.inner_optimizer else (),
             output=folder,
             selection=judgement.selection,
             thresholds=Thresholds(judgement.thresholds),

@@ -60,7 +60,7 @@ class Run(Command):
         group.add_argument(
             "--inner-optimizer",
             metavar="NAME",
-            help="the script's variable that holds the inner optimizer",
+            help="the inner optimizer: the script's variable, or the optimizer's class",
         )
         parser.epilog = "thresholds:\n" + "\n".join(
             f"  {one.name:<22} {one.default:<7g} {one.unit}" for one in CATALOGUE

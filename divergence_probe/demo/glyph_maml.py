@@ -1,4 +1,4 @@
-"""MAML with higher on made-up glyphs: a conv net learns to tell new glyphs apart from a few drawings.
+"""MAML with higher on made-up glyphs: a net learns to tell new glyphs apart from a few drawings.
 
 A glyph class is a few random strokes; a drawing of it is those strokes with their control points
 jittered. Needs torch and higher, nothing to download.

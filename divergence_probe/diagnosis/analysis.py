@@ -20,6 +20,10 @@ from divergence_probe.thresholds import Thresholds
 DIVERGED = frozenset({"NF001", "NF002", "NG001", "LG001", "MG002"})
 
 
+#: How the reason begins that says the probe failed and watched no further.
+SWITCHED_OFF = "The probe switched itself off"
+
+
 class Analysis:
     """Feeds blocks to the rules and the collector; answers with a diagnosis at any time.
 
@@ -55,6 +59,7 @@ class Analysis:
         self,
         *,
         overhead: float = 0.0,
+        seconds: float = 0.0,
         exception: ExceptionReport | None = None,
         script_exit: int = 0,
         recording: str | None = None,
@@ -66,8 +71,8 @@ class Analysis:
         summary = self.collector.summary(overhead)
         reasons = dict.fromkeys((*summary.incomplete, *incomplete))
         return Diagnosis(
-            verdict=self._verdict(findings, exception, bool(reasons)),
-            summary=replace(summary, incomplete=tuple(reasons)),
+            verdict=self._verdict(findings, exception, reasons),
+            summary=replace(summary, seconds=seconds, incomplete=tuple(reasons)),
             findings=findings,
             root_cause=root_cause(findings),
             norms=self.collector.norms(),
@@ -83,11 +88,13 @@ class Analysis:
         self,
         findings: tuple[Finding, ...],
         exception: ExceptionReport | None,
-        incomplete: bool,
+        incomplete: Iterable[str],
     ) -> Verdict:
         raised = exception is not None and exception.inner_loop
         if any(f.rule in DIVERGED and f.severity is Severity.ERROR for f in findings):
             return "diverged"
         if raised or any(f.severity > Severity.INFO for f in findings):
             return "suspect"
+        if any(reason.startswith(SWITCHED_OFF) for reason in incomplete):
+            return "unobserved"  # what was not watched to its end is never called healthy
         return "healthy" if self.collector.inner_steps else "unobserved"

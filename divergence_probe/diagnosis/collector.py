@@ -10,6 +10,7 @@ from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace
 from divergence_probe.record.schema import MISSING, PHASES, SUPPORT, Array, Block, Event, Flags
 
 _STEPS_SHOWN = 64
+SMALL = 0.03
 
 
 class Collector:
@@ -92,7 +93,8 @@ class Collector:
         for layer in np.flatnonzero(called.any(0)):
             name = block.layout.batch_norms[layer]
             summary = self._batch_norm.setdefault(name, _Layer())
-            summary.feed({k: v[:, layer] for k, v in columns.items()}, block.scalars["phase"])
+            values = {k: v[:, layer] for k, v in columns.items()}
+            summary.feed(values, block.scalars["phase"], block.scalars["step"])
 
     def summary(self, overhead: float = 0.0) -> Summary:
         """What was watched."""
@@ -184,8 +186,10 @@ class _WorstTask:
         start, end = norms[0], norms[-1]
         whole = np.sqrt(np.sum(np.where(start == MISSING, 0, start) ** 2))
         with np.errstate(all="ignore"):
-            growth = end / np.fmax(np.fmax(start, 0.03 * whole), 1e-12)
-        growth = np.where((start == MISSING) | (end == MISSING), -1.0, growth)
+            growth = end / np.fmax(start, 1e-12)
+        # Small parameters (biases, zero-initialised heads) have no scale of their own to grow from.
+        small = (start < SMALL * whole) & np.isfinite(end)
+        growth = np.where(small | (start == MISSING) | (end == MISSING), -1.0, growth)
         growth = np.where(np.isnan(growth), np.inf, growth)
         if not len(growth):
             return
@@ -228,7 +232,8 @@ class _Layer:
         self.log_ratio = math.nan
         self.values: int | None = None
 
-    def feed(self, columns: dict[str, Array], phases: Array) -> None:
+    def feed(self, columns: dict[str, Array], phases: Array, steps: Array) -> None:
+        """Take one block's rows of this layer."""
         called = columns["bn_calls"] > 0
         for number, phase in enumerate(PHASES):
             modes = columns["bn_training"][called & (phases == number)]
@@ -237,11 +242,15 @@ class _Layer:
                 if self.modes.get(phase, word) != word:
                     word = "mixed"
                 self.modes[phase] = word
-        evaluated = called & (columns["bn_training"] == 0)
-        rows = evaluated if evaluated.any() else called
-        batches = columns["bn_batches"][rows & (columns["bn_batches"] >= 0)]
-        if len(batches):
-            self.batches = int(batches[-1])
+        # A task's first step: later the weights have moved, and its copy's counter with them.
+        first = called & (phases == SUPPORT) & (steps == 0)
+        evaluated = first & (columns["bn_training"] == 0)
+        rows = evaluated if evaluated.any() else first
+        counted = rows & (columns["bn_batches"] >= 0)
+        if counted.any():
+            row = int(np.flatnonzero(counted)[-1])
+            own = columns["bn_calls"][row] if columns["bn_training"][row] > 0 else 0
+            self.batches = max(int(columns["bn_batches"][row] - own), 0)
         values = columns["bn_values"][called & (columns["bn_values"] > 0)]
         if len(values):
             self.values = int(min(values.min(), self.values or values.min()))

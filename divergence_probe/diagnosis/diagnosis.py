@@ -44,6 +44,7 @@ class Summary:
         layers: number of modules that own a parameter.
         adapters: how the loops were seen, such as ``("higher",)``.
         overhead_fraction: time spent in the probe over the run's time, 0 to 1.
+        seconds: how long the run was watched; a share of very few says nothing.
         ranks: number of processes that recorded.
         optimizers: inner optimizers, such as ``("SGD",)``; empty where hand-written.
         learning_rates: smallest and largest inner learning rate seen, or None.
@@ -56,6 +57,7 @@ class Summary:
     layers: int = 0
     adapters: tuple[str, ...] = ()
     overhead_fraction: float = 0.0
+    seconds: float = 0.0
     ranks: int = 1
     optimizers: tuple[str, ...] = ()
     learning_rates: tuple[float, float] | None = None

@@ -22,6 +22,8 @@ _LIBRARIES = (
     "accelerate",
     "optree",
 )
+# Code objects remembered at once.
+_CODES_KNOWN = 1 << 14
 
 
 class CallSites:
@@ -29,8 +31,11 @@ class CallSites:
 
     def __init__(self) -> None:
         self.table: list[str] = []
-        self._numbers: dict[tuple[CodeType, int], int] = {}
-        self._foreign: dict[CodeType, bool] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._places: dict[str, int] = {}
+        # By identity, for hashing a code object costs more than the lookup; each entry keeps its
+        # code, so that no identity is ever reused.
+        self._foreign: dict[int, tuple[CodeType, bool]] = {}
         standard = sysconfig.get_paths()["stdlib"]
         self._standard = standard
         self._packages = tuple(f"{root}/{name}/" for root in _site_roots() for name in _LIBRARIES)
@@ -38,9 +43,11 @@ class CallSites:
     def here(self, depth: int = 1) -> int:
         """The number of the innermost user line calling us; -1 where there is none."""
         frame: FrameType | None = sys._getframe(depth)
+        known = self._foreign
         while frame is not None:
             code = frame.f_code
-            if not self.foreign(code):
+            entry = known.get(id(code))
+            if not (entry[1] if entry is not None else self.foreign(code)):
                 return self._number(code, frame.f_lineno)
             frame = frame.f_back
         return -1
@@ -51,17 +58,23 @@ class CallSites:
 
     def foreign(self, code: CodeType) -> bool:
         """Whether code belongs to a library (or to us) rather than to the user."""
-        known = self._foreign.get(code)
+        known = self._foreign.get(id(code))
         if known is None:
-            known = self._foreign[code] = self._is_foreign(code.co_filename)
-        return known
+            if len(self._foreign) > _CODES_KNOWN:  # a program that compiles code as it goes
+                self._foreign.clear()
+                self._numbers.clear()
+            known = self._foreign[id(code)] = (code, self._is_foreign(code.co_filename))
+        return known[1]
 
     def _number(self, code: CodeType, line: int) -> int:
-        key = (code, line)
+        key = (id(code), line)  # of a code that is kept, see above
         number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[key] = len(self.table)
-            self.table.append(f"{code.co_filename}:{line}")
+            place = f"{code.co_filename}:{line}"
+            number = self._places.setdefault(place, len(self.table))
+            if number == len(self.table):
+                self.table.append(place)
+            self._numbers[key] = number
         return number
 
     def _is_foreign(self, filename: str) -> bool:

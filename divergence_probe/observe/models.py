@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,16 @@ class Models:
             self._by_shape[key] = known
         if any(reference() is None for reference in known.parameters):
             known.parameters = [weakref.ref(tensor) for tensor in tensors]
+        return known
+
+    def named(self, parameters: Mapping[str, Tensor]) -> KnownModel:
+        """A layout for parameters under the names the user gives them."""
+        key = ("named", *((name, tuple(tensor.shape)) for name, tensor in parameters.items()))
+        known = self._by_shape.get(key)
+        if known is None:
+            infos = tuple(describe(name, tensor) for name, tensor in parameters.items())
+            known = KnownModel(None, self._layout("", infos), list(parameters.values()))
+            self._by_shape[key] = known
         return known
 
     def find(self, tensor: Tensor) -> tuple[KnownModel, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -353,8 +354,11 @@ class Optimizers:
         return bool(earlier)
 
     def _declared_inner(self, step: _Step) -> bool:
+        named = vars(sys.modules.get("__main__", sys))
         return any(
-            declared is step.optimizer or declared in (type(step.optimizer), step.facts.name)
+            declared is step.optimizer
+            or declared in (type(step.optimizer), step.facts.name)
+            or (isinstance(declared, str) and named.get(declared) is step.optimizer)
             for declared in self._session.inner
         )
 

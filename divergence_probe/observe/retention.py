@@ -18,8 +18,9 @@ _COLLECTIONS = 3
 
 @dataclass
 class _Finished:
-    """A finished task: where it began, after how many outer steps, and its fast weights."""
+    """A finished task: its number, where it began, after how many outer steps, fast weights."""
 
+    number: int
     site: int
     outer_steps: int
     fast: list[weakref.ref[Tensor]]
@@ -60,7 +61,7 @@ class Retention:
         self._ended += 1
         references = [reference for reference in fast if reference is not None]
         if references:
-            self._tasks.append(_Finished(site, self._outer_steps, references))
+            self._tasks.append(_Finished(self._ended, site, self._outer_steps, references))
         if self._ended % 4:
             return None
         kept = self._kept()
@@ -75,9 +76,14 @@ class Retention:
         return len(kept), kept[0].site
 
     def _kept(self) -> list[_Finished]:
-        old = len(self._tasks) - _TASKS_IN_USE
-        return [
-            task
-            for position, task in enumerate(self._tasks)
-            if (task.outer_steps + 1 < self._outer_steps or position < old) and task.alive()
-        ]
+        kept: list[_Finished] = []
+        waiting: list[_Finished] = []
+        for task in self._tasks:
+            old = self._ended - task.number >= _TASKS_IN_USE
+            if not old and task.outer_steps + 1 >= self._outer_steps:
+                waiting.append(task)
+            elif task.alive():
+                kept.append(task)
+        # A graph that is gone does not come back: what died is not asked after again.
+        self._tasks = deque((*kept, *waiting), maxlen=self._tasks.maxlen)
+        return kept

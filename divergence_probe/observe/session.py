@@ -200,10 +200,13 @@ class Session:
             provisional: it may turn out to be ordinary training: hold it until :meth:`confirm`.
             data: facts for the ``task-start`` event.
         """
+        provisional = provisional and self.label is None  # what the user calls a task is one
         task = Task(-1, known, adapter, site, width, base=base, provisional=provisional)
         task.data = {"adapter": adapter, "model": known.layout.model, "width": width, **data}
         if self.label is not None:
             task.data["label"] = self.label
+        if self.phase == "meta-test":
+            task.data["meta_test"] = True
         if not provisional:
             self._number(task)
             self.event("task-start", task, site, **task.data)
@@ -253,7 +256,7 @@ class Session:
         row = Row(
             task.index,
             task.steps,
-            SUPPORT,
+            QUERY if self.phase == "query" else SUPPORT,
             task.known.layout.index,
             site,
             self.seconds(),
@@ -406,6 +409,12 @@ class Session:
         if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
             self.flush()
 
+    def end_tasks(self) -> None:
+        """Every task ends here, by the user's word."""
+        for closing in self.closing:
+            closing()
+        self.finish_tasks()
+
     def finish_tasks(self) -> None:
         """Every open task of this thread ended."""
         mine = threading.get_ident()
@@ -428,7 +437,8 @@ class Session:
             self._rows.append(row)
             self._bytes += self._row_bytes(row)
             if (
-                len(self._rows) >= _ROWS_PER_BLOCK
+                self.eager
+                or len(self._rows) >= _ROWS_PER_BLOCK
                 or self._bytes > _BYTES_PER_BLOCK
                 or _alarming(row.loss)
             ):

@@ -44,7 +44,7 @@ class Recording:
             self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RecordingError(
-                f"{self.folder} holds no recording (no meta.json). Give the folder that "
+                f"'{self.folder}' holds no recording (no meta.json). Give the folder that "
                 "`probe run -o FOLDER` wrote; by default they are under .probe/."
             ) from error
         except (OSError, ValueError) as error:

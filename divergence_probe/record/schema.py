@@ -57,7 +57,6 @@ BATCH_NORM_COLUMNS: dict[str, str] = {
     "bn_training": "1 batch statistics, 0 running statistics, -1 not called, 2 both in one row",
     "bn_calls": "forward calls since the last gradient",
     "bn_batches": "num_batches_tracked of the buffers used; -1 unknown",
-    "bn_base_batches": "num_batches_tracked of the base model at the task's start; -1 unknown",
     "bn_values": "values each channel is normalised over, the fewest; -1 unknown",
     "bn_mean_distance": "RMS over channels of (running - batch mean) / batch deviation",
     "bn_log_variance_ratio": "mean over channels of ln(running / batch variance)",

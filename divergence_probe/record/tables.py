@@ -79,16 +79,17 @@ def batch_norm(recording: Recording) -> pd.DataFrame:
 def tasks(recording: Recording) -> pd.DataFrame:
     """One row per task: where it began, how it was seen, how many steps it took."""
     rows: dict[tuple[int, int], dict[str, Any]] = {}
-    for event in recording.events():
-        if event.kind == "task-start":
-            for offset in range(int(event.data.get("width", 1))):
-                rows[(0, event.task + offset)] = {
-                    "task": event.task + offset,
-                    "site": event.site,
-                    **event.data,
-                }
-        elif event.kind == "task-end" and (0, event.task) in rows:
-            rows[(0, event.task)]["steps"] = event.data.get("steps")
+    for block in recording.blocks():
+        for event in block.events:
+            members = [(block.rank, event.task + i) for i in range(int(event.data.get("width", 1)))]
+            if event.kind == "task-start":
+                for rank, task in members:
+                    facts = {"rank": rank, "task": task, "site": event.site}
+                    rows[rank, task] = {**facts, **event.data}
+            elif event.kind == "task-end" and (block.rank, event.task) in rows:
+                first = rows[block.rank, event.task]
+                for offset in range(int(first.get("width", 1))):
+                    rows[block.rank, event.task + offset]["steps"] = event.data.get("steps")
     return pd.DataFrame(list(rows.values()))
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PresentedDiagnosis(Diagnosis):
     """The same data as :class:`Diagnosis`, with rich, notebook, text and dict forms.
 
@@ -32,6 +32,12 @@ class PresentedDiagnosis(Diagnosis):
         from divergence_probe.report.json_report import to_dict
 
         return to_dict(self)
+
+    def __repr__(self) -> str:
+        """One line; ``print`` shows the report."""
+        cause = f", {self.root_cause.cause}" if self.root_cause else ""
+        findings = len(self.findings)
+        return f"<Diagnosis: {self.verdict}{cause}, {findings} findings; print it for the report>"
 
     def __str__(self) -> str:
         """The plain terminal report, 80 columns wide."""

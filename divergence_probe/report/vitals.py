@@ -82,5 +82,4 @@ def next_commands(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.recording:
         recording = shlex.quote(one_line(diagnosis.recording))
         commands.append(f"probe report {recording} --report html:report.html")
-        commands.append(f"probe diff {recording} OTHER")
     return commands

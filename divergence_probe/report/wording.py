@@ -24,6 +24,9 @@ _VERDICT_MEANING = {
     "unobserved": "no inner step was seen",
 }
 
+#: Below this many seconds what is paid once outweighs every step.
+SHORT_RUN = 3.0
+
 #: What to try when nothing was seen; one sentence each.
 UNOBSERVED_ADVICE = (
     "The probe sees an inner step when gradients are taken and weights rebuilt or updated from "
@@ -33,8 +36,11 @@ UNOBSERVED_ADVICE = (
     "skips training, or `num_inner_steps=0` look just like this.",
     "Work done in another process (DataLoader workers, `mp.spawn`, torchrun) is seen only when "
     "that process is watched too: call `divergence_probe.attach()` inside it.",
+    "A loop that adapts one model in place and never starts over looks like ordinary training: "
+    "name its optimizer with `--inner-optimizer NAME`, or `attach(inner=optimizer)`.",
+    "A step that torch.compile runs whole cannot be observed: run it once uncompiled.",
     "If your own update rule is not recognised, label it: `with probe.task(name):` around the "
-    "inner loop and `probe.step(...)` at each step.",
+    "inner loop and `probe.step(before, after)` at each step.",
 )
 
 
@@ -102,7 +108,7 @@ def facts(diagnosis: Diagnosis) -> list[str]:
     told += _optimizer(summary)
     if summary.ranks > 1:
         told.append(count_of(summary.ranks, "rank"))
-    if summary.overhead_fraction > 0:
+    if summary.overhead_fraction > 0 and not 0 < summary.seconds < SHORT_RUN:
         told.append(f"probe cost {100 * summary.overhead_fraction:.1f} %")
     return told
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from divergence_probe.rules.base import Frame, Rule
-from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.finding import Finding, Mark, Severity
 
 RECALIBRATE_FIX = (
     "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
@@ -19,6 +20,13 @@ RECALIBRATE_FIX = (
 
 class _EvalStatistics(Rule):
     """What the two rules on evaluated running statistics share."""
+
+    _switched: str | None = None
+
+    def _note_switch(self, frame: Frame) -> None:
+        """Remember where eval mode was last switched on for a whole model."""
+        for event in frame.events("mode"):
+            self._switched = event.site if event.data.get("mode") == "eval" else None
 
     def _rows(self, frame: Frame, untrained: bool) -> Iterator[tuple[int, int, float, float]]:
         """First row a task where a layer evaluates (un)trained statistics far from the batch's."""
@@ -43,7 +51,7 @@ class _EvalStatistics(Rule):
         layers = tuple(frame.normalization(int(c)) for c in self._hit_columns)
         distance = float(norm["bn_mean_distance"][row, column])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, column]))
-        return self.at(
+        finding = self.at(
             frame,
             row,
             f"{layers[0]} normalises with {how}: running mean {distance:.2g} σ from the batch's, "
@@ -54,6 +62,10 @@ class _EvalStatistics(Rule):
             evidence={"mean_distance": distance, "variance_ratio": ratio, **more},
             fix=RECALIBRATE_FIX,
         )
+        if self._switched is None:
+            return finding
+        switch = Mark(self._switched, "eval mode from here on")
+        return replace(finding, marks=(switch, *finding.marks))
 
 
 class EvalWithUntrainedStatistics(_EvalStatistics):
@@ -92,6 +104,7 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
+        self._note_switch(frame)
         for row, column, _, _ in self._rows(frame, untrained=True):
             seen = frame.block.batch_norm["bn_batches"][row, column]
             yield self._describe(
@@ -137,6 +150,7 @@ class EvalWithDistantStatistics(_EvalStatistics):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
+        self._note_switch(frame)
         for row, column, _, _ in self._rows(frame, untrained=False):
             seen = frame.block.batch_norm["bn_batches"][row, column]
             yield self._describe(

@@ -52,7 +52,7 @@ class NormExplosion(Rule):
                 self.thresholds["norm-growth-any-loss"],
                 self.thresholds["norm-growth"],
             )
-            over = growth >= bound[:, None]
+            over = np.asarray(growth >= bound[:, None])
         for row in frame.first_rows(over.any(1)):
             yield self._describe(frame, row, over, growth)
 

@@ -114,7 +114,9 @@ class StepBeyondStability(Rule):
         if not math.isfinite(rate):
             rate = median_rate(frame, row)
         stable = self.thresholds["instability"] / product * rate
-        factor = abs(product - 1)
+        here = float(whole_norm(frame.block.parameters["gradient_norm"])[row])
+        # Along a quadratic the gradient grows by |product - 1| a step; off it, by what it did.
+        factor = max(abs(product - 1), here / max(course.gradient, 1e-30))
         norm = float(whole_norm(frame.block.parameters["norm_after"])[row])
         ahead = math.ceil((_OVERFLOW - math.log(max(norm, 1e-30))) / math.log(max(factor, 1.01)))
         step = int(frame.step[row])
