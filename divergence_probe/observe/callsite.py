@@ -32,7 +32,7 @@ class CallSites:
     def __init__(self) -> None:
         self.table: list[str] = []
         self._numbers: dict[tuple[int, int], int] = {}
-        self._places: dict[str, int] = {}
+        self._equal: dict[tuple[CodeType, int], int] = {}
         # By identity, for hashing a code object costs more than the lookup; each entry keeps its
         # code, so that no identity is ever reused.
         self._foreign: dict[int, tuple[CodeType, bool]] = {}
@@ -70,10 +70,10 @@ class CallSites:
         key = (id(code), line)  # of a code that is kept, see above
         number = self._numbers.get(key)
         if number is None:
-            place = f"{code.co_filename}:{line}"
-            number = self._places.setdefault(place, len(self.table))
+            # A function defined anew in a loop has equal code, and is the same line.
+            number = self._equal.setdefault((code, line), len(self.table))
             if number == len(self.table):
-                self.table.append(place)
+                self.table.append(f"{code.co_filename}:{line}")
             self._numbers[key] = number
         return number
 

@@ -176,7 +176,8 @@ class _Gradients:
                 else:  # an optimizer takes the step: its hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
-                adds = any(_is_nonzero(gradient) for _, gradient in carried)
+                # the optimizer known at this line may have been the task before's, now gone
+                adds = not there or any(_is_nonzero(gradient) for _, gradient in carried)
                 self._open("backward", _first_tensor(tensors), reached, adds)
                 self._forensics.before(_first_tensor(tensors), parameters, names=self._names)
             with self._guard.gradient_call():

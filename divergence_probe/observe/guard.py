@@ -8,8 +8,6 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +15,13 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from divergence_probe.errors import DivergenceDetected
+
+
+# Bound once: they are called a dozen times in every inner step.
+_clock = time.perf_counter
+_DisableTorchFunction = torch._C.DisableTorchFunction
+_set_grad_enabled = torch._C._set_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 class ThreadState(threading.local):
@@ -71,25 +76,13 @@ class Guard:
         """Our own work inside the user's call; an error switches the probe off, once, warned."""
         return _Work(self)
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> _Nested:
         """Inside a call that is already observed as a whole; what it calls is not looked at."""
-        state = self.state
-        state.inside += 1
-        try:
-            yield
-        finally:
-            state.inside -= 1
+        return _Nested(self.state, "inside")
 
-    @contextmanager
-    def gradient_call(self) -> Iterator[None]:
+    def gradient_call(self) -> _Nested:
         """Inside a gradient call: a forward that runs here is a recomputation (checkpointing)."""
-        state = self.state
-        state.gradient += 1
-        try:
-            yield
-        finally:
-            state.gradient -= 1
+        return _Nested(self.state, "gradient")
 
     def fail(self, error: Exception) -> None:
         """Switch off after ``error``, with one warning that says what to do."""
@@ -107,6 +100,22 @@ class Guard:
         )
 
 
+class _Nested:
+    """Counts one more level of a thread's nesting while it is entered."""
+
+    __slots__ = ("_name", "_state")
+
+    def __init__(self, state: ThreadState, name: str) -> None:
+        self._state = state
+        self._name = name
+
+    def __enter__(self) -> None:
+        setattr(self._state, self._name, getattr(self._state, self._name) + 1)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self._state, self._name, getattr(self._state, self._name) - 1)
+
+
 class _Work:
     """The context of :meth:`Guard.work`; a class because a generator costs three times as much."""
 
@@ -117,16 +126,16 @@ class _Work:
 
     def __enter__(self) -> None:
         state = self._guard.state
-        self._started = time.perf_counter()
-        state.own += 1
-        self._gradients = torch.is_grad_enabled()
-        if state.own == 1:
-            state.differentiable = self._gradients
-        self._torch_function = torch._C.DisableTorchFunction()
+        self._started = _clock()
+        own = state.own = state.own + 1
+        gradients = self._gradients = torch.is_grad_enabled()
+        if own == 1:
+            state.differentiable = gradients
+        self._torch_function = _DisableTorchFunction()
         self._torch_function.__enter__()
-        torch._C._set_grad_enabled(False)
+        _set_grad_enabled(False)
         self._clear: Any = None
-        if torch._C._are_functorch_transforms_active():
+        if _functorch_active():
             # Inside vmap or grad our arithmetic on plain tensors must not be transformed.
             self._clear = temporarily_clear_interpreter_stack()
             self._clear.__enter__()
@@ -140,11 +149,14 @@ class _Work:
         guard = self._guard
         if self._clear is not None:
             self._clear.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._gradients)
+        _set_grad_enabled(self._gradients)
         self._torch_function.__exit__(None, None, None)
-        guard.state.own -= 1
-        if guard.state.own == 0:
-            guard.spent += time.perf_counter() - self._started
+        state = guard.state
+        state.own -= 1
+        if state.own == 0:
+            guard.spent += _clock() - self._started
+        if error is None:
+            return False
         if isinstance(error, Exception) and not isinstance(error, DivergenceDetected):
             guard.fail(error)
             return True

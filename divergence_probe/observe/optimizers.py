@@ -224,8 +224,9 @@ class Optimizers:
             self._loops.settle()
             if step.pending is not None:
                 self._loops.not_a_step(step.pending)
-            for task in [t for t in self._session.open if t.known is step.known]:
-                self._session.confirm(task)
+            for task in list(self._session.open):
+                if task.known is step.known and task.adapter == "backward":
+                    self._session.confirm(task)  # what moved this base by hand were inner loops
             self._loops.end_task()
             self._nesting.outer_step()
             self._session.outer_step(

@@ -48,8 +48,16 @@ def measure(rows: Sequence[Row], parameters: int, width: int) -> StepNumbers:
     previous = [place.get(id(row.previous), -1) if row.previous is not None else -1 for row in rows]
     slope = np.zeros((len(rows), width))  # of the loss along the row's previous step: before it,
     slope_after = np.zeros((len(rows), width))  # and after it
-    for parameter in range(parameters):
-        _parameter(rows, parameter, width, previous, columns, slope, slope_after)
+    chosen = _Chosen.of([i for i, row in enumerate(rows) if row.before is not row.after], previous)
+    kept = [rows[i] for i in chosen.rows]
+    # By parameter instead of by row.
+    befores, afters, gradients = (
+        list(zip(*(getattr(row, name) for row in kept), strict=True))
+        for name in ("before", "after", "gradients")
+    )
+    for parameter in range(parameters if kept else 0):
+        triples = (befores[parameter], afters[parameter], gradients[parameter])
+        _parameter(triples, parameter, width, chosen, previous, columns, slope, slope_after)
     for i, row in enumerate(rows):
         if row.previous is not None and previous[i] < 0:  # in the block before: by itself
             slope[i], slope_after[i] = _slopes(row.previous, row, width)
@@ -58,55 +66,104 @@ def measure(rows: Sequence[Row], parameters: int, width: int) -> StepNumbers:
     return StepNumbers(columns, product)
 
 
+@dataclass
+class _Chosen:
+    """Rows that are measured together, and which of them follow on one another.
+
+    Attributes:
+        rows: indices of the rows.
+        later: indices of those whose previous row is among them.
+        here: their positions in ``rows``.
+        there: the positions of their previous rows.
+    """
+
+    rows: list[int]
+    later: list[int]
+    here: list[int]
+    there: list[int]
+
+    @classmethod
+    def of(cls, rows: list[int], previous: Sequence[int]) -> _Chosen:
+        """``rows``, and the pairs among them by ``previous``."""
+        index = {i: k for k, i in enumerate(rows)}
+        later = [i for i in rows if previous[i] in index]
+        return cls(rows, later, [index[i] for i in later], [index[previous[i]] for i in later])
+
+
+_Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Stacks = tuple[Tensor, Tensor, Tensor]
+
+
 def _parameter(
-    rows: Sequence[Row],
+    kinds: tuple[Sequence[Tensor | None], ...],
     parameter: int,
     width: int,
+    chosen: _Chosen,
     previous: Sequence[int],
     columns: dict[str, Array],
     slope: Array,
     slope_after: Array,
 ) -> None:
-    """Fill in one parameter's column."""
-    triples = [
-        (row.before[parameter], row.after[parameter], row.gradients[parameter]) for row in rows
-    ]
-    whole = [i for i, triple in enumerate(triples) if _is_whole(triple)]
-    if len(whole) < len(rows):
-        rest = sorted(set(range(len(rows))) - set(whole))
-        _each([triples[i] for i in rest], rest, parameter, width, columns)
-    if not whole:
-        return
-    before, after, gradient = (_stacked([triples[i][k] for i in whole], width) for k in range(3))
+    """Fill in one parameter's column from its values before, after, and its gradients."""
+    triples: list[_Triple] = list(zip(*kinds, strict=True))
+    stacks = _all_stacked(kinds, width)
+    if stacks is None:
+        where = dict(zip(chosen.rows, triples, strict=True))
+        whole = [i for i, triple in where.items() if _is_whole(triple)]
+        rest = [i for i in chosen.rows if not _is_whole(where[i])]
+        if rest:
+            _each([where[i] for i in rest], rest, parameter, width, columns)
+        if not whole:
+            return
+        triples, chosen = [where[i] for i in whole], _Chosen.of(whole, previous)
+        before, after, gradient = (_stacked([t[k] for t in triples], width) for k in range(3))
+    else:
+        before, after, gradient = stacks
     update = after - before
     numbers = [torch.linalg.vector_norm(t, dim=2) for t in (before, after, update, gradient)]
     descent = (gradient * update).sum(2)
-    index = {i: k for k, i in enumerate(whole)}
-    pairs = [(k, index[previous[i]], i) for k, i in enumerate(whole) if previous[i] in index]
-    if pairs:
-        here = gradient[[k for k, _, _ in pairs]]
-        numbers.append((here * update[[j for _, j, _ in pairs]]).sum(2))
+    if chosen.later:
+        numbers.append((gradient[chosen.here] * update[chosen.there]).sum(2))
     table = to_numpy(torch.cat([*numbers[:4], descent, *numbers[4:]]))
-    size = len(whole)
+    whole, size = chosen.rows, len(chosen.rows)
+    overflowed = np.isinf(table[: 4 * size]).any()
     for k, name in enumerate(("norm_before", "norm_after", "update_norm", "gradient_norm")):
         columns[name][whole, :, parameter] = table[k * size : (k + 1) * size]
-        _check_overflow(columns[name], whole, parameter, triples, k, width)
+        if overflowed:
+            _check_overflow(columns[name], whole, parameter, triples, k, width)
     along, after_along = table[4 * size : 5 * size], table[5 * size :]
     with np.errstate(all="ignore"):
         square = columns["gradient_norm"][whole, :, parameter] ** 2
         columns["step_rate"][whole, :, parameter] = np.where(square > 0, -along / square, np.nan)
-    if pairs:
-        later = [i for _, _, i in pairs]
-        slope[later] += along[[j for _, j, _ in pairs]]
-        slope_after[later] += after_along
+    if chosen.later:
+        slope[chosen.later] += along[chosen.there]
+        slope_after[chosen.later] += after_along
 
 
-def _is_whole(triple: tuple[Tensor | None, Tensor | None, Tensor | None]) -> bool:
-    """Whether before, after and gradient are all there, dense, small and alike."""
+def _all_stacked(kinds: tuple[Sequence[Tensor | None], ...], width: int) -> _Stacks | None:
+    """Every row at once, where all are whole; None where they must be looked at one by one."""
+    first = kinds[0][0]
+    if first is None or first.numel() > STACKED_ELEMENTS:
+        return None
+    try:  # torch itself is the quickest to tell whether they are all there and alike
+        before, after, gradient = (torch.stack(tensors) for tensors in kinds)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        return None
+    if not _is_whole((before, after, gradient), len(kinds[0])):
+        return None
+    stacks = (t.detach().reshape(len(t), width, -1) for t in (before, after, gradient))
+    before, after, gradient = (
+        t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in stacks
+    )
+    return before, after, gradient
+
+
+def _is_whole(triple: _Triple, members: int = 1) -> bool:
+    """Whether before, after and gradient (or so many of them) are there, dense, small, alike."""
     before, after, gradient = triple
     if before is None or after is None or gradient is None:
         return False
-    if before.numel() > STACKED_ELEMENTS or not before.is_floating_point():
+    if before.numel() > STACKED_ELEMENTS * members or not before.is_floating_point():
         return False
     strided = torch.strided
     if before.layout is not strided or gradient.layout is not strided:
@@ -128,24 +185,23 @@ def _check_overflow(
     column: Array,
     rows: Sequence[int],
     parameter: int,
-    triples: Sequence[tuple[Tensor | None, ...]],
+    triples: Sequence[_Triple],
     kind: int,
     width: int,
 ) -> None:
     """float32 squares overflow from 1.8e19 on: look again before calling a norm infinite."""
     if not np.isinf(column[:, :, parameter]).any():
         return
-    for i in rows:
+    for i, (before, after, gradient) in zip(rows, triples, strict=True):
         if not np.isinf(column[i, :, parameter]).any():
             continue
-        before, after, gradient = triples[i]
         assert before is not None and after is not None
         tensor = (before, after, after.double() - before.double(), gradient)[kind]
         column[i, :, parameter] = norms([tensor], width)
 
 
 def _each(
-    triples: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    triples: Sequence[_Triple],
     rows: Sequence[int],
     parameter: int,
     width: int,

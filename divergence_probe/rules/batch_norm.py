@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
+from divergence_probe.record.schema import Array
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 
@@ -28,38 +30,52 @@ class _EvalStatistics(Rule):
         for event in frame.events("mode"):
             self._switched = event.site if event.data.get("mode") == "eval" else None
 
-    def _rows(self, frame: Frame, untrained: bool) -> Iterator[tuple[int, int, float, float]]:
-        """First row a task where a layer evaluates (un)trained statistics far from the batch's."""
+    def _findings(self, frame: Frame, untrained: bool) -> Iterator[Finding]:
+        """One finding a task that evaluates (un)trained statistics far from the batch's."""
         norm = frame.block.batch_norm
         evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
-        of_kind = norm["bn_untrained"] == float(untrained)
-        distance, ratio = norm["bn_mean_distance"], norm["bn_log_variance_ratio"]
-        with np.errstate(invalid="ignore"):
-            far = (distance > self.thresholds["statistics-distance"]) | (
-                np.abs(ratio) > math.log(self.thresholds["statistics-ratio"])
-            )
+        evaluated &= norm["bn_untrained"] == float(untrained)
+        far = self._farness(norm) > 1
         # Later steps move the weights, so only a task's first look at a layer judges it.
         first_look = (frame.step == 0) | frame.query
-        hit = evaluated & of_kind & far & first_look[:, None]
+        hit = evaluated & far & first_look[:, None]
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
-            column = int(np.flatnonzero(hit[row])[0])
-            self._hit_columns = np.flatnonzero(hit[row])
-            yield row, column, float(distance[row, column]), float(ratio[row, column])
+            # Untrained statistics are wrong in every layer that evaluates them, far or not.
+            columns = np.flatnonzero(evaluated[row] if untrained else hit[row])
+            yield self._describe(frame, row, columns, untrained)
 
-    def _describe(self, frame: Frame, row: int, column: int, how: str, **more: float) -> Finding:
+    def _farness(self, norm: dict[str, Array]) -> Array:
+        """``[S, B]`` distance of the running statistics from the batch's; above 1 is too far."""
+        with np.errstate(invalid="ignore"):
+            mean = norm["bn_mean_distance"] / self.thresholds["statistics-distance"]
+            ratio = np.abs(norm["bn_log_variance_ratio"])
+            return np.fmax(mean, ratio / math.log(self.thresholds["statistics-ratio"]))
+
+    def _describe(
+        self, frame: Frame, row: int, columns: npt.NDArray[np.int_], untrained: bool
+    ) -> Finding:
         norm = frame.block.batch_norm
-        layers = tuple(frame.normalization(int(c)) for c in self._hit_columns)
-        distance = float(norm["bn_mean_distance"][row, column])
-        ratio = math.exp(float(norm["bn_log_variance_ratio"][row, column]))
+        layers = tuple(frame.normalization(int(c)) for c in columns)
+        worst = int(columns[np.nanargmax(self._farness(norm)[row, columns])])
+        distance = float(norm["bn_mean_distance"][row, worst])
+        ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
+        seen = float(norm["bn_batches"][row, columns[0]])
+        how = (
+            "running statistics that were never trained (mean 0, variance 1)"
+            if untrained
+            else f"running statistics of {seen:.0f} batches, far from this one's"
+        )
+        more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
         finding = self.at(
             frame,
             row,
-            f"{layers[0]} normalises with {how}: running mean {distance:.2g} σ from the batch's, "
-            f"variance ratio {ratio:.3g}",
+            f"{layers[0]}{more} evaluate{'' if more else 's'} {how}; at "
+            f"{frame.normalization(worst)} the running mean is {distance:.2g} σ from the batch's, "
+            f"the variance ratio {ratio:.3g}",
             f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)} in eval mode with {how}",
             layer=layers[0],
             layers=layers,
-            evidence={"mean_distance": distance, "variance_ratio": ratio, **more},
+            evidence={"mean_distance": distance, "variance_ratio": ratio, "batches_seen": seen},
             fix=RECALIBRATE_FIX,
         )
         if self._switched is None:
@@ -105,15 +121,7 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
         self._note_switch(frame)
-        for row, column, _, _ in self._rows(frame, untrained=True):
-            seen = frame.block.batch_norm["bn_batches"][row, column]
-            yield self._describe(
-                frame,
-                row,
-                column,
-                "running statistics that were never trained (mean 0, variance 1)",
-                batches_seen=float(seen),
-            )
+        yield from self._findings(frame, untrained=True)
 
 
 class EvalWithDistantStatistics(_EvalStatistics):
@@ -151,15 +159,7 @@ class EvalWithDistantStatistics(_EvalStatistics):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
         self._note_switch(frame)
-        for row, column, _, _ in self._rows(frame, untrained=False):
-            seen = frame.block.batch_norm["bn_batches"][row, column]
-            yield self._describe(
-                frame,
-                row,
-                column,
-                f"running statistics of {seen:.0f} batches far from this one's",
-                batches_seen=float(seen),
-            )
+        yield from self._findings(frame, untrained=False)
 
 
 class TinyBatch(Rule):

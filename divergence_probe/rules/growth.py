@@ -52,8 +52,8 @@ class NormExplosion(Rule):
                 self.thresholds["norm-growth-any-loss"],
                 self.thresholds["norm-growth"],
             )
-            over = np.asarray(growth >= bound[:, None])
-        for row in frame.first_rows(over.any(1)):
+            over = growth >= bound[:, None]
+        for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
 
     def _describe(
