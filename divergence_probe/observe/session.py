@@ -2,7 +2,8 @@
 
 Instruments and library adapters report here in the words of the field (a task starts, an inner step
 was taken, the outer optimizer stepped); the session gives indices, keeps rows by reference and
-closes a block when a task ends, when 64 rows are pending, or when a loss turns non-finite.
+closes a block when 256 rows or much memory are pending, once a second, or when a loss turns
+non-finite (at every task's end and row where the user is to be stopped at the first finding).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from divergence_probe.record.schema import (
     empty_block,
 )
 
-_ROWS_PER_BLOCK = 64
+_ROWS_PER_BLOCK = 256
 _BYTES_PER_BLOCK = 32 * 2**20
 _SECONDS_PER_BLOCK = 1.0
 _ROWS_HELD = 32
@@ -252,6 +253,8 @@ class Session:
         carried: Sequence[Tensor] = (),
     ) -> Row:
         """An inner step was taken. Tensors must be detached and safe from in-place changes."""
+        if isinstance(learning_rate, Tensor):  # a learned rate is stepped before it is measured
+            learning_rate = learning_rate.detach().clone()
         flags |= self._clipping()
         row = Row(
             task.index,

@@ -11,6 +11,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import NormalizationCall, Number, Row
 from divergence_probe.observe.norms import norms, scalars, to_numpy
 from divergence_probe.observe.steps import measure
+from divergence_probe.observe.velocity import carried_velocities
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     MISSING,
@@ -20,9 +21,6 @@ from divergence_probe.record.schema import (
     Event,
     Layout,
 )
-
-# What rounding leaves of an update across its gradient is below this part of it.
-_WORTH = 1e-2
 
 
 def build_block(
@@ -74,67 +72,27 @@ def _steps(rows: Sequence[Row], parameters: int) -> tuple[dict[str, Array], Arra
     return columns, unstable
 
 
-def _differences(row: Row) -> list[Tensor | None]:
-    return [
-        after - before
-        if before is not None and after is not None and before.shape == after.shape
-        else None
-        for before, after in zip(row.before, row.after, strict=True)
-    ]
-
-
 def _scalar_columns(rows: Sequence[Row]) -> dict[str, Array]:
     losses = _per_task(rows, [row.loss for row in rows])
     rates = _per_task(rows, [row.learning_rate for row in rows])
-    columns: dict[str, list[float]] = {
-        name: []
-        for name in ("task", "step", "phase", "layout", "site", "seconds", "flags", "loss_seen")
-    }
-    for row in rows:
-        for offset in range(row.width):
-            columns["task"].append(row.task + offset)
-            columns["step"].append(row.step)
-            columns["phase"].append(row.phase)
-            columns["layout"].append(row.layout)
-            columns["site"].append(row.site)
-            columns["seconds"].append(row.seconds)
-            columns["flags"].append(row.flags)
-            columns["loss_seen"].append(row.loss is not None)
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    table = np.asarray(
+        [
+            (r.task, r.step, r.phase, r.layout, r.site, r.seconds, r.flags,
+             r.loss is not None, r.learning_rate is not None, _total_norm(r.carried))
+            for r in rows
+        ],
+        dtype=np.float64,
+    )  # fmt: skip
+    widths = [row.width for row in rows]
+    names = ("task", "step", "phase", "layout", "site", "seconds", "flags", "loss_seen")
+    arrays = {name: np.repeat(table[:, i], widths) for i, name in enumerate(names)}
+    starts = np.cumsum([0, *widths[:-1]])
+    arrays["task"] += np.arange(sum(widths)) - np.repeat(starts, widths)
     arrays["loss"] = losses
-    rate_known = np.concatenate([np.full(r.width, r.learning_rate is not None) for r in rows])
-    arrays["learning_rate"] = np.where(rate_known, rates, -np.inf)
-    carried = [_total_norm(row.carried) for row in rows]
-    velocities = [_carried_velocity(row) for row in rows]
-    arrays["carried_velocity"] = np.repeat(velocities, [row.width for row in rows])
-    arrays["carried_gradient"] = np.repeat(carried, [row.width for row in rows])
+    arrays["learning_rate"] = np.where(np.repeat(table[:, 8], widths) > 0, rates, -np.inf)
+    arrays["carried_gradient"] = np.repeat(table[:, 9], widths)
+    arrays["carried_velocity"] = np.repeat(carried_velocities(rows), widths)
     return arrays
-
-
-def _carried_velocity(row: Row) -> float:
-    """How far the part of a first update across its gradient points along the task before's last.
-
-    Momentum adds a multiple of the velocity to the gradient, so what is left of the update after
-    its gradient is projected out is parallel to what is left of the velocity. nan where there is
-    nothing left worth looking at.
-    """
-    preceding = row.preceding
-    if preceding is None or row.width != 1 or preceding.width != 1:
-        return float("nan")
-    parts = [
-        (u.reshape(-1), v.reshape(-1), g.reshape(-1))
-        for u, v, g in zip(_differences(row), _differences(preceding), row.gradients, strict=True)
-        if u is not None and v is not None and g is not None and not g.is_sparse
-    ]
-    if not parts:
-        return float("nan")
-    update, velocity, gradient = (torch.cat(part).double() for part in zip(*parts, strict=True))
-    along = gradient / gradient.norm().clamp_min(1e-30)
-    across = update - (update @ along) * along
-    other = velocity - (velocity @ along) * along
-    if not across.norm() > _WORTH * update.norm():
-        return float("nan")
-    return float(across @ other / (across.norm() * other.norm()).clamp_min(1e-30))
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> float:
