@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace, Summary
-from divergence_probe.record.schema import MISSING, PHASES, SUPPORT, Array, Block, Event, Flags
+from divergence_probe.record.schema import FLAGS, MISSING, PHASES, SUPPORT, Array, Block, Event, Flags
 
 _STEPS_SHOWN = 64
 SMALL = 0.03
@@ -34,6 +34,8 @@ class Collector:
         self._instability = math.nan
         self._first_losses = _Mean()
         self._last_losses = _Mean()
+        self._unseen = 0
+        self._guessed = 0
         self._open_losses: dict[tuple[int, int], float] = {}
 
     def feed(self, block: Block) -> None:
@@ -46,6 +48,9 @@ class Collector:
         scalars = block.scalars
         support = scalars["phase"] == SUPPORT
         self.inner_steps += int(support.sum())
+        flags = scalars["flags"].astype(int)[support]
+        self._unseen += int(((flags & FLAGS["incomplete"]) > 0).sum())
+        self._guessed += int(((flags & FLAGS["uncertain"]) > 0).sum())
         for info in block.layout.parameters:
             self.layers.add(info.name.rpartition(".")[0] or info.name)
         rates = scalars["learning_rate"][support & np.isfinite(scalars["learning_rate"])]
@@ -108,8 +113,23 @@ class Collector:
             ranks=max(len(self.ranks), 1),
             optimizers=tuple(self.optimizers),
             learning_rates=(self._rates[0], self._rates[1]) if self._rates else None,
-            incomplete=tuple(self.incomplete),
+            incomplete=(*self.incomplete, *self._not_seen()),
         )
+
+    def _not_seen(self) -> tuple[str, ...]:
+        """What the rows themselves say was not, or not surely, seen."""
+        sentences = []
+        if self._unseen:
+            sentences.append(
+                f"The weights after {self._unseen} of {self.inner_steps} inner steps were not seen: "
+                "a task ended earlier than those before it, or its update left torch."
+            )
+        if self._guessed:
+            sentences.append(
+                f"Which tensor was the updated weight had to be guessed in {self._guessed} of "
+                f"{self.inner_steps} inner steps; name a step with probe.step() to be sure."
+            )
+        return tuple(sentences)
 
     def norms(self) -> tuple[NormTrace, ...]:
         """The task that grew most, parameter by parameter."""

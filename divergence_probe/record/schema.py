@@ -70,18 +70,17 @@ BATCH_NORM_COLUMNS: dict[str, str] = {
     "bn_shared": "1 where the buffers are the base model's own, 0 where they are copies, -1 none",
 }
 
-#: Meanings of the bits in ``flags``.
+#: Meanings of the bits in ``flags``: the gradient carried a graph; which tensor was the updated one
+#: is a guess; the weights after the step were not seen; a clip changed the gradient; several
+#: backwards led to one step; a clip was applied, active or not; the update was thrown away.
 FLAGS = {
     "second_order": 1,
     "uncertain": 2,
     "incomplete": 4,
-    "recomputed": 8,
     "clipped": 16,
     "accumulated": 32,
-    "skipped": 64,
     "clippable": 128,
     "discarded": 256,
-    "low_precision": 512,
 }
 
 Array = npt.NDArray[np.float64]
