@@ -239,9 +239,10 @@ class _Watch:
             folder = Path(tempfile.mkdtemp(prefix="divergence-probe-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
-        self._writer = Writer(folder, self._meta(), force=self._probe._force)
+        rank = int(os.environ.get("RANK") or 0)  # as torchrun sets it
+        self._writer = Writer(folder, self._meta(), rank, force=self._probe._force)
         self._lines = InnerLines()
-        self._session = Session(self, Guard())
+        self._session = Session(self, Guard(), rank)
         self._session.eager = self._probe._raise_on is not None
         self._session.inner = self._probe._inner
         for model in models:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import NormalizationCall, Number, Row
 from divergence_probe.observe.norms import norms, scalars, to_numpy
-from divergence_probe.observe.steps import measure
+from divergence_probe.observe.steps import measure, measured_at_once
 from divergence_probe.observe.velocity import carried_velocities
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
@@ -63,12 +63,14 @@ def _steps(rows: Sequence[Row], parameters: int) -> tuple[dict[str, Array], Arra
     unstable = np.empty(total)
     starts = np.cumsum([0, *widths])
     for width in set(widths):
-        chosen = [i for i, row in enumerate(rows) if row.width == width]
-        numbers = measure([rows[i] for i in chosen], parameters, width)
-        places = (starts[chosen][:, None] + np.arange(width)).reshape(-1)
-        for name, values in numbers.columns.items():
-            columns[name][places] = values.reshape(-1, parameters)
-        unstable[places] = numbers.instability.reshape(-1)
+        same = [i for i, row in enumerate(rows) if row.width == width]
+        count = measured_at_once([rows[i] for i in same])
+        for chosen in (same[i : i + count] for i in range(0, len(same), count)):
+            numbers = measure([rows[i] for i in chosen], parameters, width)
+            places = (starts[chosen][:, None] + np.arange(width)).reshape(-1)
+            for name, values in numbers.columns.items():
+                columns[name][places] = values.reshape(-1, parameters)
+            unstable[places] = numbers.instability.reshape(-1)
     return columns, unstable
 
 

@@ -18,6 +18,10 @@ from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, measurable, norms, to_numpy
 from divergence_probe.record.schema import MISSING, PARAMETER_COLUMNS, Array
 
+# Elements of one stack: beyond that every operation on it pays for fresh pages of memory.
+_STACKED_AT_ONCE = 2**17
+_LEAST_AT_ONCE = 32
+
 
 @dataclass
 class StepNumbers:
@@ -30,6 +34,13 @@ class StepNumbers:
 
     columns: dict[str, Array]
     instability: Array
+
+
+def measured_at_once(rows: Sequence[Row]) -> int:
+    """How many of ``rows`` to measure in one go: what is stacked should stay in the caches."""
+    sizes = [t.numel() for row in rows[:2] for t in row.before if t is not None]
+    largest = max((size for size in sizes if size <= STACKED_ELEMENTS), default=1)
+    return max(_STACKED_AT_ONCE // max(largest, 1), _LEAST_AT_ONCE)
 
 
 def measure(rows: Sequence[Row], parameters: int, width: int) -> StepNumbers:
@@ -75,19 +86,23 @@ class _Chosen:
         later: indices of those whose previous row is among them.
         here: their positions in ``rows``.
         there: the positions of their previous rows.
+        adjacent: whether there are any, and each previous row comes just before.
     """
 
     rows: list[int]
     later: list[int]
     here: list[int]
     there: list[int]
+    adjacent: bool
 
     @classmethod
     def of(cls, rows: list[int], previous: Sequence[int]) -> _Chosen:
         """``rows``, and the pairs among them by ``previous``."""
         index = {i: k for k, i in enumerate(rows)}
         later = [i for i in rows if previous[i] in index]
-        return cls(rows, later, [index[i] for i in later], [index[previous[i]] for i in later])
+        here, there = [index[i] for i in later], [index[previous[i]] for i in later]
+        adjacent = bool(later) and all(h == t + 1 for h, t in zip(here, there, strict=True))
+        return cls(rows, later, here, there, adjacent)
 
 
 _Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -121,9 +136,12 @@ def _parameter(
         before, after, gradient = stacks
     update = after - before
     numbers = [torch.linalg.vector_norm(t, dim=2) for t in (before, after, update, gradient)]
-    descent = (gradient * update).sum(2)
-    if chosen.later:
-        numbers.append((gradient[chosen.here] * update[chosen.there]).sum(2))
+    descent = torch.linalg.vecdot(gradient, update)
+    if chosen.adjacent:  # no need to gather copies
+        along_next = torch.linalg.vecdot(gradient[1:], update[:-1])
+        numbers.append(along_next[chosen.there])
+    elif chosen.later:
+        numbers.append(torch.linalg.vecdot(gradient[chosen.here], update[chosen.there]))
     table = to_numpy(torch.cat([*numbers[:4], descent, *numbers[4:]]))
     whole, size = chosen.rows, len(chosen.rows)
     overflowed = np.isinf(table[: 4 * size]).any()

@@ -1,0 +1,91 @@
+"""NG001 and LG001."""
+
+import pytest
+
+from divergence_probe.rules.finding import Severity
+
+from .blocks import HERE, end, findings, inner, make, one, place, silent, start
+
+
+def grown(last, losses=(1.0, 2.0, 3.0), task=0):
+    norms = [10.0, 12.0, 50.0, last]
+    return [
+        inner(
+            task, step, loss=losses[step],
+            norm_before=[norms[step], 1, 10], norm_after=[norms[step + 1], 1, 10],
+        )
+        for step in range(3)
+    ]  # fmt: skip
+
+
+def test_a_decade_in_one_task_is_an_explosion():
+    finding = one("NG001", make(*grown(150.0)))
+
+    assert place(finding) == (None, Severity.ERROR, "body.0", 0, 2)
+    assert finding.layers == ("body.0",)
+    assert finding.evidence["growth"] == pytest.approx(15.0)
+    assert "body.0.weight ‖w‖ 10 → 150 in 3 steps" in finding.message
+    assert finding.marks[0].site == HERE
+
+
+def test_less_than_a_decade_is_not():
+    assert silent("NG001", make(*grown(99.0)))
+
+
+def test_a_decade_with_a_falling_loss_is_not():
+    assert silent("NG001", make(*grown(150.0, losses=(3.0, 2.0, 1.0))))
+
+
+def test_three_decades_are_whatever_the_loss_does():
+    assert one("NG001", make(*grown(1.1e4, losses=(3.0, 2.0, 1.0)))).step == 2
+
+
+def test_a_zero_initialised_head_may_grow():
+    rows = [
+        inner(step=0, norm_before=[10, 1, 0], norm_after=[10, 1, 0.2]),
+        inner(step=1, norm_before=[10, 1, 0.2], norm_after=[10, 1, 2.5]),
+    ]
+
+    assert silent("NG001", make(*rows))
+
+
+def test_growth_is_measured_from_the_task_start_over_blocks():
+    rows = grown(150.0)
+
+    finding = one("NG001", make(rows[0], events=[start()]), make(rows[1]), make(rows[2]))
+
+    assert (finding.task, finding.step, finding.evidence["norm_before"]) == (0, 2, 10.0)
+
+
+def test_the_next_task_has_its_own_start():
+    first, second = grown(99.0), [inner(1, norm_before=[99, 1, 10], norm_after=[120, 1, 10])]
+
+    assert silent("NG001", make(*first, events=[start(0), end(0)]), make(*second))
+
+
+def test_the_bound_can_be_set():
+    assert silent("NG001", make(*grown(150.0)), norm_growth=16)
+    assert one("NG001", make(*grown(99.0)), norm_growth=9)
+
+
+def test_a_loss_that_grows_by_decades():
+    rows = [inner(4, step, loss=loss) for step, loss in enumerate((2.0, 30.0, 250.0))]
+
+    finding = one("LG001", make(*rows))
+
+    assert place(finding) == (None, Severity.ERROR, None, 4, 2)
+    assert dict(finding.evidence) == {"first_loss": 2.0, "loss": 250.0}
+
+
+def test_a_loss_that_doubles_is_noise():
+    assert silent("LG001", make(inner(loss=2.0), inner(step=1, loss=4.0), inner(step=2, loss=1.0)))
+
+
+def test_a_loss_that_began_at_zero_has_a_floor():
+    assert silent("LG001", make(inner(loss=1e-9), inner(step=1, loss=0.5)))
+
+
+def test_the_query_of_an_exploded_loss_is_not_another_task():
+    rows = [inner(task, step, loss=loss) for task in (0, 1) for step, loss in ((0, 1), (1, 500))]
+
+    assert findings("LG001", make(*rows))[0].count == 2

@@ -1,0 +1,96 @@
+"""MG001 to MG004, and MEM001."""
+
+import pytest
+
+from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.rules.finding import Severity
+
+from .blocks import HERE, NAN, OUTER_SITE, inner, make, one, outer, place, second_order, silent, start
+
+NOTHING = outer(gradient_norm=MISSING)
+
+
+@pytest.mark.parametrize("gradient", [MISSING, 0.0])
+def test_an_outer_step_without_a_gradient(gradient):
+    finding = one("MG001", make(inner(), outer(gradient_norm=gradient), events=[start()]))
+
+    assert place(finding) == ("no-meta-gradient", Severity.ERROR, None, None, None)
+    assert finding.phase == "outer" and finding.marks[0].site == OUTER_SITE
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        ({"adapter": "higher", "copy_initial_weights": True}, "copy_initial_weights=False"),
+        (
+            {"adapter": "higher", "copy_initial_weights": False, "track_higher_grads": False},
+            "track_higher_grads=True",
+        ),
+        ({"copied": True}, "p.grad = q.grad"),
+        ({}, "no .data"),
+    ],
+)
+def test_why_there_is_none(data, fix):
+    assert fix in one("MG001", make(inner(), NOTHING, events=[start(**data)])).fix
+
+
+def test_a_gradient_for_some_parameters_or_nothing_adapted_yet():
+    some = outer(gradient_norm=[MISSING, 0.0, 0.5])
+    assert silent("MG001", make(inner(), some, events=[start()]))
+    assert silent("MG001", make(inner(), outer(gradient_norm=NAN), events=[start()]))
+    assert silent("MG001", make(NOTHING))
+
+
+def unrolled(meta, row=second_order):
+    steps = [row(inner(0, step, gradient_norm=[1, 0, 0])) for step in range(3)]
+    return make(*steps, outer(gradient_norm=[meta, 0, 0]), events=[start()])
+
+
+def test_a_meta_gradient_that_explodes():
+    finding = one("MG002", unrolled(8000.0))
+
+    assert place(finding) == ("meta-gradient-explosion", Severity.ERROR, None, None, None)
+    assert finding.evidence["growth_per_step"] == pytest.approx(20.0)
+
+
+def test_a_meta_gradient_of_ordinary_size():
+    assert silent("MG002", unrolled(900.0))
+    assert silent("MG002", unrolled(NAN))  # which is NF002's
+    assert silent("MG002", unrolled(8000.0, row=dict))  # first order: nothing was unrolled
+    assert silent("MG002", unrolled(8000.0), meta_gradient_growth=1e4)
+
+
+def test_first_order_gradients_only():
+    finding = one("MG003", make(inner(), inner(step=1), outer()))
+
+    assert place(finding) == ("first-order-only", Severity.INFO, None, 0, 1)
+
+
+def test_second_order_gradients_or_no_outer_step():
+    assert silent("MG003", make(second_order(inner()), outer()))
+    assert silent("MG003", make(inner()))
+    assert silent("MG003", make(inner(), NOTHING))  # which is MG001's
+
+
+def test_parameters_that_get_no_gradient():
+    finding = one("MG004", make(inner(gradient_norm=[1, 1, MISSING])))
+
+    assert place(finding) == ("unused-parameters", Severity.INFO, "head", 0, 0)
+    assert "head.weight" in finding.message
+
+
+def test_parameters_the_loop_does_not_hold_or_a_zero_gradient():
+    absent = inner(gradient_norm=[1, 1, MISSING], norm_before=[10, 10, MISSING])
+    assert silent("MG004", make(absent))
+    assert silent("MG004", make(inner(gradient_norm=[1, 1, 0])))
+    assert silent("MG004", make(inner(gradient_norm=MISSING)))
+
+
+def test_graphs_that_are_kept():
+    event = Event("graph-retained", 4, 2, 0.0, HERE, {"tasks": 3})
+
+    finding = one("MEM001", make(inner(), events=[event]))
+
+    assert place(finding) == ("graph-retained", Severity.WARNING, None, 4, None)
+    assert finding.evidence["tasks"] == 3.0 and finding.marks[0].site == HERE
+    assert silent("MEM001", make(inner(), events=[start(4)]))

@@ -1,0 +1,101 @@
+"""OPT001, OPT002, OPT003 and BASE001."""
+
+import pytest
+
+from divergence_probe.record.schema import FLAGS, Event
+from divergence_probe.rules.finding import Severity
+
+from .blocks import HERE, OUTER_SITE, inner, make, one, outer, place, silent, start
+
+
+def test_a_used_optimizer():
+    event = start(2, carried_state=True, carried_steps=5, optimizer="Adam")
+
+    finding = one("OPT001", make(inner(2), events=[event]))
+
+    assert place(finding) == ("optimizer-state-carryover", Severity.WARNING, None, 2, 0)
+    assert dict(finding.evidence) == {"steps": 5.0, "optimizer": "Adam"}
+    assert finding.marks[0].site == HERE
+
+
+def test_a_fresh_optimizer_or_one_that_means_to_go_on():
+    fresh = start(2, carried_state=False, carried_steps=0, optimizer="Adam")
+    goes_on = start(3, carried_state=True, carried_steps=5, continues=True)
+
+    assert silent("OPT001", make(inner(2), events=[fresh, goes_on]))
+
+
+def test_a_velocity_carried_by_hand():
+    finding = one("OPT001", make(inner(1, carried_velocity=0.9999)))
+
+    assert (finding.task, finding.step) == (1, 0)
+    assert silent("OPT001", make(inner(1, carried_velocity=0.9), inner(1, 1, carried_velocity=1)))
+
+
+def test_a_gradient_that_was_not_cleared():
+    finding = one("OPT002", make(inner(1, 0), inner(1, 1, carried_gradient=2.5)))
+
+    assert place(finding) == ("gradient-accumulation", Severity.ERROR, None, 1, 1)
+    assert finding.evidence["carried_gradient_norm"] == 2.5
+
+
+def test_gradients_that_are_cleared_or_belong_to_the_outer_step():
+    assert silent("OPT002", make(inner(), inner(step=1), outer(carried_gradient=3.0)))
+
+
+def clipped(active, count=10):
+    both = FLAGS["clippable"] | FLAGS["clipped"]
+    return [inner(0, i, flags=both if i < active else FLAGS["clippable"]) for i in range(count)]
+
+
+def test_clipping_that_is_always_active():
+    finding = one("OPT003", make(*clipped(10)))
+
+    assert place(finding) == ("hard-clipping", Severity.WARNING, None, 0, 0)
+    assert finding.evidence["share"] == 1.0 and finding.count == 10
+
+
+def test_clipping_for_spikes_or_too_few_steps_to_say():
+    assert silent("OPT003", make(*clipped(5)))
+    assert silent("OPT003", make(*clipped(7, count=7)))
+    assert one("OPT003", make(*clipped(5)), clipped_share=0.5)
+
+
+def task(index, starts, ends):
+    return inner(index, norm_before=starts, norm_after=ends)
+
+
+def test_a_base_that_is_half_restored():
+    block = make(task(0, [10, 1, 5], [12, 3, 5]), task(1, [12, 1, 5], [14, 3, 5]))
+
+    finding = one("BASE001", block)
+
+    assert place(finding) == ("base-mutated", Severity.WARNING, "body.0", 1, 0)
+    assert finding.evidence["parameters_moved"] == 1.0
+
+
+def test_a_base_that_goes_on_as_a_whole_may_be_meant():
+    finding = one("BASE001", make(task(0, 10, 12), task(1, 12, 14)))
+
+    assert finding.severity is Severity.INFO
+
+
+def test_a_base_that_is_restored_or_moved_by_an_outer_step():
+    assert silent("BASE001", make(task(0, 10, 12), task(1, 10, 13)))
+    rows = (task(0, 10, 12), outer(norm_before=10, norm_after=11), task(1, 11, 13))
+    assert silent("BASE001", make(*rows))
+
+
+def test_an_outer_step_that_starts_where_the_inner_loop_ended():
+    finding = one("BASE001", make(task(0, 10, 12), outer(norm_before=12, norm_after=13)))
+
+    assert (finding.phase, finding.severity) == ("outer", Severity.WARNING)
+    assert finding.marks[0].site == OUTER_SITE
+
+
+@pytest.mark.parametrize("site", [HERE, None])
+def test_a_restore_without_effect(site):
+    finding = one("BASE001", make(inner(), events=[Event("restore-without-effect", site=site)]))
+
+    assert (finding.cause, finding.severity) == ("base-mutated", Severity.WARNING)
+    assert "deepcopy" in finding.fix and bool(finding.marks) == bool(site)

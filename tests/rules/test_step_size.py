@@ -1,0 +1,123 @@
+"""LR001, LR002, LR003 and LR004."""
+
+import pytest
+
+from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.rules.finding import Severity
+
+from .blocks import HERE, INF, NAN, inner, make, one, place, query, silent
+
+ONE = ("layer.weight",)
+
+
+def quadratic(product, steps=4, rate=0.1, **columns):
+    """Gradient descent on curvature / 2 * w**2, with step size x curvature ``product``, exactly."""
+    curvature, w, rows = product / rate, 1.0, []
+    for step in range(steps):
+        gradient, new = curvature * w, w * (1 - product)
+        rows.append(
+            inner(
+                0, step, loss=curvature / 2 * w**2, learning_rate=rate,
+                instability=product if step else NAN, gradient_norm=abs(gradient),
+                update_norm=abs(new - w), norm_before=abs(w), norm_after=abs(new),
+                step_rate=rate, **columns,
+            )
+        )  # fmt: skip
+        w = new
+    return make(*rows, parameters=ONE)
+
+
+def test_steps_beyond_stability():
+    finding = one("LR001", quadratic(2.5))
+
+    assert place(finding) == ("inner-lr-too-high", Severity.WARNING, "layer", 0, 2)
+    assert finding.evidence["step_size_x_curvature"] == pytest.approx(2.5)
+    assert finding.evidence["largest_stable_learning_rate"] == pytest.approx(0.08)
+    assert finding.evidence["overflow_at_step"] > 100  # 3.4e38 at x 1.5 a step
+    assert "lr = 0.08" in finding.fix
+
+
+def test_a_decade_at_once_is_clear_after_one_step():
+    assert one("LR001", quadratic(6.0)).step == 1
+
+
+@pytest.mark.parametrize("product", [0.5, 1.0, 1.9, 2.0])
+def test_stable_steps(product):
+    assert silent("LR001", quadratic(product, steps=8))
+
+
+def test_a_high_product_with_a_falling_loss_is_the_edge_of_stability():
+    block = quadratic(2.5)
+    block.scalars["loss"] = block.scalars["loss"][::-1].copy()
+
+    assert silent("LR001", block)
+
+
+def test_the_limit_can_be_set():
+    assert silent("LR001", quadratic(2.5), instability=2.6)
+
+
+def tiny(update, loss=1.0):
+    return [inner(0, step, update_norm=update, loss=loss) for step in range(3)]
+
+
+def test_steps_without_effect():
+    finding = one("LR002", make(*tiny(1e-5)))
+
+    assert place(finding) == ("ineffective-inner-step", Severity.WARNING, None, 0, 0)
+    assert finding.evidence["largest_relative_update"] == pytest.approx(1e-6)
+
+
+def test_steps_with_effect_or_nothing_left_to_learn():
+    assert silent("LR002", make(*tiny([1e-5, 1e-5, 1e-2])))
+    assert silent("LR002", make(*tiny(1e-5, loss=1e4)))  # the gradient is small beside the loss
+    assert silent("LR002", make(*tiny(0.0)))  # which is LR004's
+    assert silent("LR002", make(*tiny(1e-5)), ineffective_update=1e-7)
+
+
+def climbing(rate, losses=(1.0, 1.5), declared=None):
+    return [
+        inner(0, step, step_rate=rate, loss=loss, gradient_norm=2.0, update_norm=abs(rate) * 2,
+              learning_rate=rate if declared is None else declared)
+        for step, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("declared", [None, -INF])
+def test_a_negative_rate(declared):
+    finding = one("LR003", make(*climbing(-0.1, declared=declared)))
+
+    assert place(finding) == ("negative-learned-lr", Severity.WARNING, "body.0", 0, 0)
+    assert finding.evidence["learning_rate"] == pytest.approx(-0.1)
+
+
+def test_a_rising_loss_with_a_positive_rate_or_a_negative_one_that_does_no_harm():
+    assert silent("LR003", make(*climbing(0.1)))
+    assert silent("LR003", make(*climbing(-0.1, losses=(1.5, 1.0))))
+    assert silent("LR003", make(*climbing(-0.1, declared=0.1)))  # momentum climbs at times
+
+
+def test_an_update_that_is_thrown_away():
+    finding = one("LR004", make(inner(), inner(step=1, update_norm=0.0)))
+
+    assert place(finding) == ("no-parameter-change", Severity.ERROR, None, 0, 1)
+    assert finding.evidence["gradient_norm"] == pytest.approx(3**0.5)
+
+
+def test_parameters_that_have_no_reason_to_move():
+    still = {"update_norm": 0.0}
+    assert silent("LR004", make(inner(gradient_norm=0.0, **still)))
+    assert silent("LR004", make(inner(gradient_norm=MISSING, **still)))
+    assert silent("LR004", make(inner(learning_rate=0.0, **still)))
+    assert silent("LR004", make(inner(gradient_norm=1e-9, **still)))  # below the resolution
+    assert silent("LR004", make(inner(**still), dtype="bfloat16"))  # which is FX006's
+    assert silent("LR004", make(inner(update_norm=[0, 0, 0.1])))
+    assert silent("LR004", make(inner(), query()))
+
+
+def test_a_gradient_taken_again_and_again():
+    event = Event("repeated-gradient", 1, 0, 0.0, HERE, {"times": 3})
+
+    finding = one("LR004", make(inner(), events=[event]))
+
+    assert (finding.task, finding.evidence["times"], finding.marks[0].site) == (1, 3.0, HERE)
