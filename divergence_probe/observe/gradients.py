@@ -310,6 +310,14 @@ def _first_tensor(outputs: Any) -> Tensor | None:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
+    if type(tree) is dict:  # by far the most common, and pytrees walk slowly
+        if all(isinstance(leaf, Tensor) for leaf in tree.values()):
+            return list(tree.values())
+    elif type(tree) in (list, tuple):
+        if len(tree) == 1 and type(tree[0]) is dict:
+            return _tensors(tree[0])
+        if all(isinstance(leaf, Tensor) for leaf in tree):
+            return list(tree)
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

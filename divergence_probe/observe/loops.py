@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.fun
 
 
 class _Thread(threading.local):
-    """What one thread is in the middle of."""
+    """What one thread is in the middle of; ``states`` keeps every thread's, also after its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: list[dict[str, Any]]) -> None:
+        states.append(vars(self))
         self.pending: Pending | None = None
         self.task: Task | None = None
         self.follower: Follower | None = None
@@ -47,7 +49,8 @@ class Loops:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._thread = _Thread()
+        self._states: list[dict[str, Any]] = []
+        self._thread = _Thread(self._states)
         self._learned: dict[int, Learned] = {}
         self._in_place = Nesting(session)
         session.closing.append(self.close)
@@ -499,9 +502,12 @@ class Loops:
             self.end_task()
 
     def close(self) -> None:
-        """The run is over."""
-        self.settle()
-        self.end_task()
+        """The run is over, in every thread: what another one left pending is settled here."""
+        self.stop_following()
+        for state in list(self._states):
+            vars(self._thread).update({**state, "follower": None})
+            self.settle()
+            self.end_task()
 
     def leave(self) -> None:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""

@@ -43,11 +43,12 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         with guard.inside():
             result = original(*args, **kwargs)
-        if isinstance(result, Tensor) and result.numel() == 1:
+        if isinstance(result, Tensor):
             with guard.work():
-                forwards = session.current_forwards()
-                value = physical(result)[0].detach()
-                forwards.losses.append(LossCall(weakref.ref(result), value, next_order()))
+                if result.numel() == 1:
+                    value = physical(result)[0].detach()
+                    call = LossCall(weakref.ref(result), value, next_order())
+                    session.current_forwards().losses.append(call)
         return result
 
     return loss

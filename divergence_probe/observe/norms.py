@@ -68,6 +68,8 @@ def _group_norms(members: list[Tensor], width: int) -> Tensor:
         flat = [member if working is None else member.to(working) for member in members]
         return torch.stack(torch._foreach_norm(flat, 2.0)).unsqueeze(1)
     stacked = torch.stack(members).reshape(len(members), width, -1)
+    if not first.is_floating_point():
+        stacked = stacked.to(working)
     result: Tensor = torch.linalg.vector_norm(stacked, dim=2, dtype=working)
     return result
 

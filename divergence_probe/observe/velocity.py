@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ _WORTH = 1e-2
 _ROUNDING = 1e-10
 # Rows at once: what is stacked should stay in the caches.
 _AT_ONCE = 16
-
-_Vectors = tuple[Tensor, Tensor, Tensor]
 
 
 def carried_velocities(rows: Sequence[Row]) -> Array:
@@ -60,32 +58,39 @@ def _products(rows: Sequence[Row]) -> Array:
     """
     totals = np.zeros((len(rows), 6))
     for parameter in range(len(rows[0].before)):
-        found: dict[tuple[object, ...], list[tuple[int, _Vectors]]] = {}
-        for i, (u, v, g) in _vectors(rows, parameter):
+        whole = [i for i, row in enumerate(rows) if _is_whole(row, parameter)]
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i in whole:
+            tensor = rows[i].before[parameter]
+            assert tensor is not None
             # Large ones by themselves: stacking would move more memory than it saves calls.
-            alone = i if u.numel() > STACKED_ELEMENTS else -1
-            found.setdefault((u.numel(), u.device, alone), []).append((i, (u, v, g)))
-        for members in found.values():
-            vectors = [vector for _, vector in members]
-            # [R, 3, n] x [R, n, 3]: all six inner products at once, in double precision.
-            stacked = torch.stack([torch.stack(vector) for vector in vectors]).double()
-            sums = to_numpy(stacked @ stacked.mT)
-            totals[[i for i, _ in members]] += sums[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
+            alone = i if tensor.numel() > STACKED_ELEMENTS else -1
+            groups.setdefault((tensor.shape, tensor.device, alone), []).append(i)
+        for members in groups.values():
+            totals[members] += _sums([rows[i] for i in members], parameter)
     return totals
 
 
-def _vectors(rows: Sequence[Row], parameter: int) -> Iterator[tuple[int, _Vectors]]:
-    """Flat update, preceding update and gradient of the rows that have all three."""
-    for i, row in enumerate(rows):
-        assert row.preceding is not None
-        u, v = _update(row, parameter), _update(row.preceding, parameter)
-        g = row.gradients[parameter]
-        if u is not None and v is not None and g is not None and not g.is_sparse:
-            yield i, (u.reshape(-1), v.reshape(-1), g.reshape(-1))
+def _sums(rows: Sequence[Row], parameter: int) -> Array:
+    """One parameter's part of :func:`_products`."""
+    kinds = zip(*(_vectors(row, parameter) for row in rows), strict=True)
+    start, end, before, after, gradient = (torch.stack(kind).flatten(1) for kind in kinds)
+    # [R, 3, n] x [R, n, 3]: all six inner products at once, in double precision.
+    stacked = torch.stack((end - start, after - before, gradient), dim=1).double()
+    return to_numpy(stacked @ stacked.mT)[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
 
 
-def _update(row: Row, parameter: int) -> Tensor | None:
-    before, after = row.before[parameter], row.after[parameter]
-    if before is None or after is None or before.shape != after.shape:
-        return None
-    return after - before
+def _vectors(row: Row, parameter: int) -> list[Tensor]:
+    """Before and after, the same of the preceding row, and the gradient."""
+    preceding = row.preceding
+    assert preceding is not None
+    pairs = (row.before, row.after, preceding.before, preceding.after, row.gradients)
+    return [tensor for values in pairs if (tensor := values[parameter]) is not None]
+
+
+def _is_whole(row: Row, parameter: int) -> bool:
+    """Whether all of them are there, dense and alike."""
+    vectors = _vectors(row, parameter)
+    shape = vectors[0].shape if vectors else None
+    alike = all(t.shape == shape and t.layout is torch.strided for t in vectors)
+    return len(vectors) == 5 and alike and not any(t.is_complex() for t in vectors)

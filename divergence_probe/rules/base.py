@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,17 +83,17 @@ class Frame:
         """``[S]`` inner step."""
         return self.block.scalars["step"]
 
-    @property
+    @cached_property
     def support(self) -> Flags:
         """``[S]`` whether the row is an inner step."""
         return np.asarray(self.block.scalars["phase"] == SUPPORT)
 
-    @property
+    @cached_property
     def query(self) -> Flags:
         """``[S]`` whether the row is a query."""
         return np.asarray(self.block.scalars["phase"] == QUERY)
 
-    @property
+    @cached_property
     def outer(self) -> Flags:
         """``[S]`` whether the row is an outer step."""
         return np.asarray(self.block.scalars["phase"] == OUTER)

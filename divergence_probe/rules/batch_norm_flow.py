@@ -54,7 +54,8 @@ class RunningStatisticsLeak(Rule):
         """One finding a task that starts from statistics another task moved."""
         norm = frame.block.batch_norm
         shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
-        self._note_weights(frame)
+        if shared.size:
+            self._note_weights(frame)
         for row in np.flatnonzero(shared.any(1) & frame.support):
             task = int(frame.task[row])
             for column in np.flatnonzero(shared[row]):
@@ -145,10 +146,10 @@ class TransductiveStatistics(Rule):
         norm = frame.block.batch_norm
         tracked = norm["bn_shared"] >= 0
         hit = (norm["bn_training"] >= 1) & tracked & frame.query[:, None]
-        for row in range(len(frame.block)):
+        for row in map(int, np.flatnonzero(hit.any(1) | frame.outer)):
             if frame.outer[row]:
                 self._waiting.clear()
-            elif hit[row].any() and int(frame.task[row]) not in self._waiting:
+            elif int(frame.task[row]) not in self._waiting:
                 self._waiting[int(frame.task[row])] = self._describe(frame, row, hit)
         return iter(())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,7 +56,7 @@ class NoMetaGradient(Rule):
         gradients = frame.block.parameters["gradient_norm"]
         for row in np.flatnonzero(frame.outer):
             held = frame.block.parameters["norm_before"][row] != MISSING
-            nothing = np.isin(gradients[row], (MISSING, 0.0))  # a NaN is a gradient, if a bad one
+            nothing = (gradients[row] == MISSING) | (gradients[row] == 0)  # a NaN is a gradient, if a bad one
             if not held.any() or not self._last or not nothing.all():
                 continue
             why, fix = self._reason()
@@ -134,16 +135,17 @@ class MetaGradientExplosion(Rule):
         with np.errstate(all="ignore"):
             whole = np.sqrt(np.nansum(gradients**2, axis=1))
         second = (frame.block.scalars["flags"].astype(int) & FLAGS["second_order"]) > 0
-        for row in range(len(frame.block)):
-            if not frame.outer[row]:
-                if np.isfinite(whole[row]):
-                    self._largest = max(self._largest, float(whole[row]))
-                self._steps = max(self._steps, float(frame.step[row]) + 1)
-                self._second_order |= bool(second[row])
+        rows = zip(*(v.tolist() for v in (frame.outer, whole, frame.step, second)), strict=True)
+        for row, (outer, norm, step, differentiable) in enumerate(rows):
+            if not outer:
+                if math.isfinite(norm):
+                    self._largest = max(self._largest, norm)
+                self._steps = max(self._steps, step + 1)
+                self._second_order |= differentiable
                 continue
             bound = self.thresholds["meta-gradient-growth"] * self._largest
-            if self._second_order and bound and np.isfinite(whole[row]) and whole[row] > bound:
-                yield self._describe(frame, row, float(whole[row]))
+            if self._second_order and bound and math.isfinite(norm) and norm > bound:
+                yield self._describe(frame, row, norm)
             self._largest, self._steps, self._second_order = 0.0, 0.0, False
 
     def _describe(self, frame: Frame, row: int, norm: float) -> Finding:
@@ -200,8 +202,9 @@ class FirstOrderOnly(Rule):
         """One finding an outer step whose tasks were all first order."""
         second = (frame.block.scalars["flags"].astype(int) & FLAGS["second_order"]) > 0
         gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
+        support = frame.support.tolist()
         for row in range(len(frame.block)):
-            if frame.support[row]:
+            if support[row]:
                 self._waiting = None
                 if not second[row]:
                     self._waiting = self.at(

@@ -50,7 +50,8 @@ class ModesDiffer(Rule):
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
             (frame.block.layout.dropouts, frame.block.dropout),
         ):
-            for row in map(int, np.flatnonzero(~frame.outer)):
+            called = (values >= 0).any(1) & ~frame.outer
+            for row in map(int, np.flatnonzero(called)):
                 phase = int(frame.block.scalars["phase"][row])
                 facts = frame.tasks.get(int(frame.task[row]))
                 if facts is None:

@@ -16,8 +16,8 @@ def test_evaluating_untrained_statistics():
 
     finding = one("BN001", make(inner(2, **columns), batch_norms=NORMS))
 
-    assert place(finding) == ("stale-running-stats", Severity.ERROR, "norm2", 2, 0)
-    assert finding.layers == ("norm2",)
+    assert place(finding) == ("stale-running-stats", Severity.ERROR, "norm1", 2, 0)
+    assert finding.layers == ("norm1", "norm2")  # wrong in both, if far in one
     assert finding.evidence["mean_distance"] == pytest.approx(3.0)
     assert finding.evidence["variance_ratio"] == pytest.approx(math.exp(0.1))
     assert "net.train()" in finding.fix
@@ -52,7 +52,9 @@ def test_later_steps_are_not_judged_and_neither_are_unknown_distances():
 def test_a_query_alone_is_judged():
     columns = evaluated(bn_untrained=1, bn_mean_distance=9.0)
 
-    assert one("BN001", make(inner(**train()), query(**columns), batch_norms=NORMS)).phase == "query"
+    assert (
+        one("BN001", make(inner(**train()), query(**columns), batch_norms=NORMS)).phase == "query"
+    )
 
 
 def test_evaluating_trained_statistics_far_away():

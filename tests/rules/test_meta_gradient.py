@@ -5,7 +5,19 @@ import pytest
 from divergence_probe.record.schema import MISSING, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, NAN, OUTER_SITE, inner, make, one, outer, place, second_order, silent, start
+from .blocks import (
+    HERE,
+    NAN,
+    OUTER_SITE,
+    inner,
+    make,
+    one,
+    outer,
+    place,
+    second_order,
+    silent,
+    start,
+)
 
 NOTHING = outer(gradient_norm=MISSING)
 

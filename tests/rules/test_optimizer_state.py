@@ -26,7 +26,7 @@ def test_a_fresh_optimizer_or_one_that_means_to_go_on():
 
 
 def test_a_velocity_carried_by_hand():
-    finding = one("OPT001", make(inner(1, carried_velocity=0.9999)))
+    finding = one("OPT001", make(inner(1, carried_velocity=0.99999)))
 
     assert (finding.task, finding.step) == (1, 0)
     assert silent("OPT001", make(inner(1, carried_velocity=0.9), inner(1, 1, carried_velocity=1)))
@@ -95,7 +95,10 @@ def test_an_outer_step_that_starts_where_the_inner_loop_ended():
 
 @pytest.mark.parametrize("site", [HERE, None])
 def test_a_restore_without_effect(site):
-    finding = one("BASE001", make(inner(), events=[Event("restore-without-effect", site=site)]))
+    event = Event("restore-without-effect", site=site)
+
+    finding = one("BASE001", make(inner(), events=[event, event]))
 
     assert (finding.cause, finding.severity) == ("base-mutated", Severity.WARNING)
     assert "deepcopy" in finding.fix and bool(finding.marks) == bool(site)
+    assert silent("BASE001", make(inner(), events=[event]))  # a state saved just before it

@@ -1,0 +1,388 @@
+"""The probe changes nothing: numbers, random draws, exceptions, memory, torch itself."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import types
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import divergence_probe
+from divergence_probe.errors import DivergenceDetected
+from divergence_probe.observe.session import Session
+
+RATE, TASKS, STEPS = 0.05, 3, 4
+OPTIMIZER = sys.modules["torch.optim.optimizer"]  # the module takes itself off its package
+
+
+class Net(nn.Module):
+    """With everything that is observed: normalisation, dropout, two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.drop = nn.Dropout(0.3)
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(self.drop(torch.tanh(self.norm(self.first(x)))))
+
+
+def batch():
+    order = torch.randperm(8)
+    return torch.randn(8, 4)[order], torch.randint(0, 3, (8,))
+
+
+def with_higher(net):
+    higher = pytest.importorskip("higher")
+    inner = torch.optim.SGD(net.parameters(), lr=RATE, momentum=0.9)
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(TASKS):
+        x, y = batch()
+        outer.zero_grad()
+        with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
+            for _ in range(STEPS):
+                losses.append(F.cross_entropy(fast(x), y))
+                optimizer.step(losses[-1])
+            losses.append(F.cross_entropy(fast(x), y))
+            losses[-1].backward()
+        outer.step()
+    return losses
+
+
+def by_hand(net):
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(TASKS):
+        x, y = batch()
+        outer.zero_grad()
+        fast = dict(net.named_parameters())
+        for _ in range(STEPS):
+            losses.append(F.cross_entropy(torch.func.functional_call(net, fast, (x,)), y))
+            gradients = torch.autograd.grad(losses[-1], list(fast.values()), create_graph=True)
+            fast = {
+                name: w - RATE * g
+                for (name, w), g in zip(fast.items(), gradients, strict=True)
+            }  # fmt: skip
+        losses.append(F.cross_entropy(torch.func.functional_call(net, fast, (x,)), y))
+        losses[-1].backward()
+        outer.step()
+    return losses
+
+
+def vmapped(net):
+    net.norm = nn.Identity()  # running statistics cannot be moved under vmap
+    parameters = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def loss(weights, x, y):
+        return F.cross_entropy(torch.func.functional_call(net, weights, (x,)), y)
+
+    def adapt(x, y):
+        weights, seen = parameters, []
+        for _ in range(STEPS):
+            gradients, value = torch.func.grad_and_value(loss)(weights, x, y)
+            weights = {name: weights[name] - RATE * gradients[name] for name in weights}
+            seen.append(value)
+        return torch.stack(seen), weights
+
+    x, y = (torch.stack(parts) for parts in zip(*(batch() for _ in range(TASKS)), strict=True))
+    losses, weights = torch.func.vmap(adapt, randomness="different")(x, y)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(weights[name].mean(0))
+    return [losses]
+
+
+def with_torch_optim(net):
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(TASKS):
+        x, y = batch()
+        learner = copy.deepcopy(net)
+        inner = torch.optim.SGD(learner.parameters(), lr=RATE)
+        for _ in range(STEPS):
+            inner.zero_grad()
+            losses.append(F.cross_entropy(learner(x), y))
+            losses[-1].backward()
+            inner.step()
+        inner.zero_grad()
+        losses.append(F.cross_entropy(learner(x), y))
+        losses[-1].backward()
+        for ours, theirs in zip(net.parameters(), learner.parameters(), strict=True):
+            ours.grad = theirs.grad
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        outer.step()
+    return losses
+
+
+LOOPS = [with_higher, by_hand, vmapped, with_torch_optim]
+
+
+def run(loop, **options):
+    """Losses, weights, buffers and what random draws would follow, with or without the probe."""
+    torch.manual_seed(0)
+    net, failing = Net(), options.pop("failing", False)
+    if options.pop("watched", True):
+        with divergence_probe.attach(**options) as probe:
+            losses = loop(net)
+        assert (probe.failure is not None) == failing
+    else:
+        losses, probe = loop(net), None
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    return [loss.detach() for loss in losses], state, torch.get_rng_state(), probe
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_number_and_random_draw_is_the_same(loop):
+    losses, state, rng, _ = run(loop, watched=False)
+    watched_losses, watched_state, watched_rng, probe = run(loop)
+
+    assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
+    assert torch.equal(rng, watched_rng)
+    assert len(losses) == len(watched_losses)
+    assert all(map(torch.equal, losses, watched_losses))
+    assert all(torch.equal(value, watched_state[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("method", ["step", "start_task", "flush", "event"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_fault_of_ours_switches_the_probe_off(loop, method, monkeypatch):
+    losses, state, rng, _ = run(loop, watched=False)
+
+    def failing(self, *args, **kwargs):
+        raise ZeroDivisionError("of ours")
+
+    torch.manual_seed(0)
+    net = Net()
+    monkeypatch.setattr(Session, method, failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with divergence_probe.attach() as probe:
+            watched = loop(net)
+    monkeypatch.undo()
+
+    ours = [w for w in caught if "switched itself off" in str(w.message)]
+    assert len(ours) == 1 and issubclass(ours[0].category, RuntimeWarning)
+    assert "ZeroDivisionError: of ours" in str(ours[0].message)
+    assert all(map(torch.equal, losses, watched)) and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert probe.failure is not None
+    diagnosis = probe.diagnosis
+    assert any("switched itself off" in reason for reason in diagnosis.summary.incomplete)
+    assert diagnosis.verdict != "healthy"
+
+
+def test_what_was_seen_before_a_fault_of_ours_is_kept_but_never_called_healthy(monkeypatch):
+    original, taken = Session.step, []
+
+    def failing(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) > 6:
+            raise ZeroDivisionError("of ours")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "step", failing)
+    monkeypatch.setattr("divergence_probe.observe.session._ROWS_PER_BLOCK", 2)
+    with pytest.warns(RuntimeWarning, match="switched itself off"):
+        _, _, _, probe = run(by_hand, failing=True)
+
+    assert probe.diagnosis.summary.inner_steps == 6
+    assert probe.diagnosis.verdict == "unobserved"
+
+
+def torch_itself():
+    """Everything of torch (and higher) that an instrument could have changed, by name."""
+    found = {}
+    modules = [m for n, m in sys.modules.items() if n.split(".")[0] in ("torch", "higher")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            where = f"{module.__name__}.{name}"
+            kind = type(value)  # isinstance() would wake torch's deprecated names
+            if kind is types.FunctionType:
+                found[where] = (
+                    id(value), value.__code__, value.__defaults__, value.__kwdefaults__,
+                    sorted(value.__dict__),
+                )  # fmt: skip
+            elif issubclass(kind, type) and value.__module__ == module.__name__:
+                for attribute, what in vars(value).items():
+                    if isinstance(what, types.FunctionType | classmethod | staticmethod):
+                        plain = getattr(what, "__func__", what)
+                        code = getattr(plain, "__code__", None)
+                        found[f"{where}.{attribute}"] = (id(what), code)
+            elif issubclass(kind, types.BuiltinFunctionType):
+                found[where] = id(value)
+    hooks = nn.modules.module
+    for name in dir(hooks):
+        if name.startswith("_global_"):
+            found[name] = repr(getattr(hooks, name))
+    found["optimizer hooks"] = [
+        (n, repr(v)) for n, v in vars(OPTIMIZER).items() if n.startswith("_global")
+    ]
+    found["meta_path"] = list(map(id, sys.meta_path))
+    found["modes"] = (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack())
+    return found
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_nothing_of_ours_remains(loop):
+    run(loop)  # what torch loads or caches on first use is not ours
+    hooks, profile = (sys.excepthook, sys.unraisablehook), (sys.gettrace(), sys.getprofile())
+    before = torch_itself()
+    net, used = Net(), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    attributes = {id(m): set(vars(m)) for m in net.modules()}
+
+    with divergence_probe.attach(net):
+        during = torch_itself()
+        loop(net)
+    after = torch_itself()
+
+    assert during != before  # or this test sees nothing
+    changed = [name for name in before if before[name] != after.get(name)]
+    assert changed == []
+    assert {n for n in set(after) - set(before) if "divergence" in n} == set()
+    assert (sys.excepthook, sys.unraisablehook) == hooks
+    assert (sys.gettrace(), sys.getprofile()) == profile
+    assert not used._optimizer_step_pre_hooks and not used._optimizer_step_post_hooks
+    for module in net.modules():
+        assert set(vars(module)) <= attributes.get(id(module), set(vars(module)))
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_nothing_remains_after_an_exception_of_the_users():
+    by_hand(Net())
+    before = torch_itself()
+
+    def fail():
+        by_hand(Net())
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        divergence_probe.attach()(fail)()
+
+    assert torch_itself() == before
+
+
+def test_the_base_model_can_be_pickled_and_copied_while_watched():
+    torch.manual_seed(0)
+    net = Net()
+    with divergence_probe.attach(net):
+        with_torch_optim(net)
+        by_hand(net)
+        for other in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+            assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
+            assert other(torch.zeros(2, 4)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_graph_is_kept_alive(loop):
+    torch.manual_seed(0)
+    net = Net()
+    with divergence_probe.attach() as probe:
+        references = [weakref.ref(loss) for loss in loop(net)]
+        gc.collect()
+        alive = [reference for reference in references if reference() is not None]
+        assert alive == []
+    assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
+
+
+def test_repeated_attach_starts_over():
+    probe = divergence_probe.attach()
+    for _ in range(2):
+        with probe:
+            by_hand(Net())
+        assert probe.diagnosis.summary.tasks == TASKS
+
+
+def test_nested_attach_sees_what_runs_inside_each():
+    before = torch_itself()
+    with divergence_probe.attach() as whole:
+        by_hand(Net())
+        with divergence_probe.attach() as part:
+            by_hand(Net())
+    assert torch_itself() == before
+
+    assert part.diagnosis.summary.tasks == TASKS
+    assert whole.diagnosis.summary.tasks == 2 * TASKS
+    assert whole.failure is None and part.failure is None
+
+
+def test_as_a_decorator():
+    probe = divergence_probe.attach()
+
+    @probe
+    def meta_train(net, times=1):
+        """Doc."""
+        return [by_hand(net) for _ in range(times)]
+
+    assert len(meta_train(Net(), times=2)) == 2
+    assert meta_train.__name__ == "meta_train" and meta_train.__doc__ == "Doc."
+    assert probe.diagnosis.summary.tasks == 2 * TASKS
+
+
+def explode(net, steps=60):
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    fast = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    taken = 0
+    for _ in range(steps):
+        loss = F.mse_loss(torch.func.functional_call(net, fast, (x,)), y)
+        gradients = torch.autograd.grad(loss, list(fast.values()))
+        fast = {
+            name: (w - 50.0 * g).detach().requires_grad_()
+            for (name, w), g in zip(fast.items(), gradients, strict=True)
+        }
+        taken += 1
+    return taken
+
+
+def test_raise_on_raises_inside_the_loop():
+    torch.manual_seed(0)
+    before, net = torch_itself(), nn.Linear(4, 3)
+
+    with (
+        pytest.raises(DivergenceDetected) as caught,
+        divergence_probe.attach(raise_on="error") as probe,
+    ):
+        explode(net, steps=100_000)  # or it would take a minute
+
+    assert caught.value.findings and caught.value.findings[0].severity.label == "error"
+    assert "diverged" in str(caught.value)
+    assert probe.diagnosis.verdict == "diverged" and probe.diagnosis.exception is None
+    assert torch_itself() == before
+
+
+def test_raise_on_says_nothing_of_a_healthy_loop():
+    torch.manual_seed(0)
+    with divergence_probe.attach(raise_on="error"):
+        by_hand(Net())
+
+
+def test_without_raise_on_nothing_is_raised():
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        assert explode(nn.Linear(4, 3)) == 60
+    assert probe.diagnosis.verdict == "diverged"
+
+
+def test_the_user_s_exception_comes_out_as_it_is():
+    def twice():
+        loss = F.cross_entropy(Net()(torch.zeros(2, 4)), torch.zeros(2).long())
+        loss.backward()
+        loss.backward()
+
+    with pytest.raises(RuntimeError) as caught:
+        divergence_probe.attach()(twice)()
+
+    assert "second time" in str(caught.value)
+    assert not any(
+        "divergence_probe" in str(note) for note in getattr(caught.value, "__notes__", [])
+    )

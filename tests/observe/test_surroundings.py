@@ -1,0 +1,253 @@
+"""Loops in the surroundings real ones have: compiled models, autocast, workers, threads, wrappers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import divergence_probe
+
+TASKS, STEPS, RATE = 3, 3, 0.05
+
+
+def adapt(
+    net: nn.Module,
+    forward: Callable[[dict[str, Tensor], Tensor], Tensor],
+    x: Tensor,
+    target: Tensor | None = None,
+) -> list[float]:
+    """Inner loops by hand on ``net``'s parameters; the norms of the first one before each step."""
+    seen = []
+    name = next(iter(dict(net.named_parameters())))
+    for _ in range(TASKS):
+        fast = dict(net.named_parameters())
+        for _ in range(STEPS):
+            seen.append(fast[name].norm().item())
+            output = forward(fast, x)
+            loss = F.mse_loss(output, torch.zeros_like(output) if target is None else target)
+            grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
+            fast = {
+                key: (value - RATE * g).detach().requires_grad_() if g is not None else value
+                for (key, value), g in zip(fast.items(), grads, strict=True)
+            }
+        forward(fast, x)
+    return seen
+
+
+def recorded(probe: divergence_probe.Probe, name: str) -> list[float]:
+    """The recorded norms before each inner step of one parameter."""
+    steps = probe.recording.steps()
+    rows = steps[(steps.phase == "support") & (steps.parameter == name)]
+    return [float(norm) for norm in rows.norm_before]
+
+
+def check(
+    net: nn.Module, forward: Callable[..., Tensor], x: Tensor, name: str | None = None
+) -> Any:
+    """Watch :func:`adapt` and compare every norm; the probe."""
+    name = name or next(iter(dict(net.named_parameters())))
+    with divergence_probe.attach() as probe:
+        truth = adapt(net, forward, x)
+    assert recorded(probe, name) == pytest.approx(truth, rel=1e-6)
+    assert probe.diagnosis.summary.incomplete == ()
+    return probe
+
+
+def calling(net: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """A forward through ``functional_call``."""
+    return lambda fast, x: functional_call(net, fast, (x,))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same numbers in every test."""
+    torch.manual_seed(0)
+
+
+def test_recurrent_net() -> None:
+    """A GRU's flat weights."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(3, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(x)[0]
+
+    net = Net()
+    check(net, calling(net), torch.randn(4, 6, 3), "gru.weight_ih_l0")
+
+
+def test_attention() -> None:
+    """Multi-head attention."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    net = Net()
+    check(net, calling(net), torch.randn(4, 6, 8), "attention.in_proj_weight")
+
+
+def test_tied_weights() -> None:
+    """One parameter under two names is one parameter."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(4, 4, bias=False)
+            self.decode = nn.Linear(4, 4, bias=False)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(torch.tanh(self.encode(x)))
+
+    net = Net()
+    check(net, calling(net), torch.randn(5, 4), "encode.weight")
+
+
+def test_parametrizations() -> None:
+    """The originals are adapted, under the names torch gives them."""
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
+    name = "0.parametrizations.weight.original0"
+    with divergence_probe.attach() as probe:
+        first = dict(net.named_parameters())[name].norm().item()
+        adapt(net, calling(net), torch.randn(4, 3))
+    assert recorded(probe, name)[0] == pytest.approx(first, rel=1e-6)
+    assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
+
+
+def test_autocast() -> None:
+    """Master weights stay single precision; the loop is healthy."""
+    net = nn.Linear(4, 4)
+
+    def forward(fast: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return functional_call(net, fast, (x,)).float()
+
+    assert check(net, forward, torch.randn(5, 4)).diagnosis.verdict == "healthy"
+
+
+def test_checkpointing_in_place_is_no_fault() -> None:
+    """A checkpointed model adapted in place recomputes with the weights it had."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.randn(5, 4)
+    with divergence_probe.attach() as probe:
+        for _ in range(TASKS):
+            net.load_state_dict(start)
+            optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                checkpoint(net, x, use_reentrant=False).square().mean().backward()
+                optimizer.step()
+    assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
+    assert probe.diagnosis.verdict == "healthy"
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_data_loader_workers(start_method: str) -> None:
+    """Workers load, the parent is recorded; no worker writes into its recording."""
+    loader = DataLoader(
+        TensorDataset(torch.randn(8, 4)),
+        batch_size=4,
+        num_workers=1,
+        multiprocessing_context=start_method,
+    )
+    net = nn.Linear(4, 2)
+    with divergence_probe.attach() as probe:
+        for (batch,) in loader:
+            adapt(net, calling(net), batch)
+    assert probe.diagnosis.summary.tasks == 2 * TASKS
+
+
+def test_threads_do_not_mix() -> None:
+    """Two threads adapt at once; every step belongs to its own task."""
+    nets = [nn.Linear(3, 3), nn.Linear(4, 4)]
+    with divergence_probe.attach(*nets) as probe:
+        threads = [
+            threading.Thread(
+                target=adapt, args=(net, calling(net), torch.randn(5, net.in_features))
+            )
+            for net in nets
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    steps = probe.recording.steps()
+    support = steps[steps.phase == "support"].drop_duplicates(["task", "step"])
+    assert len(support) == 2 * TASKS * STEPS
+    assert set(support.groupby("task").size()) == {STEPS}
+
+
+def test_data_parallel_names_are_the_users_own() -> None:
+    """The wrapper's prefix is no part of a name."""
+    net = nn.DataParallel(nn.Linear(4, 2))
+    with divergence_probe.attach(net) as probe:
+        adapt(net.module, calling(net.module), torch.randn(5, 4))
+    assert set(probe.recording.steps().parameter) == {"weight", "bias"}
+
+
+def test_compiled_model_with_an_eager_update() -> None:
+    """Observed as ever, and compiled into as many graphs as without the probe."""
+    x = torch.randn(5, 4)
+
+    def graphs(watched: bool) -> int:
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        compiled = torch.compile(net, backend=counter)
+        start = {name: value.clone() for name, value in net.state_dict().items()}
+
+        def run() -> None:
+            for _ in range(TASKS):
+                net.load_state_dict(start)
+                optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+                for _ in range(STEPS):
+                    optimizer.zero_grad()
+                    compiled(x).square().mean().backward()
+                    optimizer.step()
+
+        if watched:
+            with divergence_probe.attach() as probe:
+                run()
+            assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
+        else:
+            run()
+        return int(counter.frame_count)
+
+    assert graphs(watched=True) == graphs(watched=False)
+
+
+def test_a_fully_compiled_step_is_unobserved() -> None:
+    """What happens inside one compiled graph cannot be seen, and is not called healthy."""
+    torch._dynamo.reset()
+    net = nn.Linear(4, 4)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(weight: Tensor, x: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda w: F.linear(x, w).square().mean())(weight)
+        return weight - RATE * gradient
+
+    with divergence_probe.attach() as probe:
+        weight = net.weight.detach()
+        for _ in range(4):
+            weight = step(weight, torch.randn(5, 4))
+    assert probe.diagnosis.verdict == "unobserved"
