@@ -7,7 +7,16 @@ import math
 import numpy as np
 
 from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace, Summary
-from divergence_probe.record.schema import FLAGS, MISSING, PHASES, SUPPORT, Array, Block, Event, Flags
+from divergence_probe.record.schema import (
+    FLAGS,
+    MISSING,
+    PHASES,
+    SUPPORT,
+    Array,
+    Block,
+    Event,
+    Flags,
+)
 
 _STEPS_SHOWN = 64
 SMALL = 0.03
@@ -121,8 +130,8 @@ class Collector:
         sentences = []
         if self._unseen:
             sentences.append(
-                f"The weights after {self._unseen} of {self.inner_steps} inner steps were not seen: "
-                "a task ended earlier than those before it, or its update left torch."
+                f"The weights after {self._unseen} of {self.inner_steps} inner steps were not "
+                "seen: a task ended earlier than those before it, or its update left torch."
             )
         if self._guessed:
             sentences.append(

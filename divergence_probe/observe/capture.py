@@ -108,6 +108,8 @@ class Forwards:
         That is everything differentiable after the loss computed before ``loss``'s own, but for
         layers whose weight is ``foreign`` (another task's) or gone.
         """
+        if not self.normalizations and not self.dropouts and len(self.losses) <= 1:
+            return self.take()
         mine = [i for i, call in enumerate(self.losses) if call.tensor() is loss]
         last = mine[-1] if mine else len(self.losses) - 1
         since = self.losses[last - 1].order if last > 0 else -1

@@ -54,6 +54,10 @@ _UNRELATED = frozenset({"grad.__get__", "grad.__set__", "shape.__get__", "size",
 _OVERWRITES = frozenset({"copy_", "data.__set__", "fill_", "zero_", "set_", "__setitem__"})
 
 
+# How often what was learned at a line must have been right to be relied on without more evidence.
+_TRUSTED = 3
+
+
 @dataclass
 class Learned:
     """What was found out about the loop at one gradient line.
@@ -220,8 +224,7 @@ class Follower(TorchFunctionMode):
 
     def stop(self) -> None:
         """Forget what was followed, and leave the mode stack if we are on top of it."""
-        self._pending, self._tags, self._storages = None, {}, {}
-        self._cut = set()
+        self._forget()
         if self._pushed and not self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
             stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
@@ -230,6 +233,11 @@ class Follower(TorchFunctionMode):
                 self._pushed = False
             elif self not in stack:
                 self._pushed = False
+
+    def _forget(self) -> None:
+        """Look at nothing more; the mode, if it is on, only passes through."""
+        self._pending, self._tags, self._storages = None, {}, {}
+        self._cut = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
@@ -241,11 +249,21 @@ class Follower(TorchFunctionMode):
         pending = self._pending
         if pending is None or torch.compiler.is_compiling() or not self._guard.watching:
             return result
-        if self._guard.state.gradient:
+        if self._guard.state.gradient or not self._concerns(func, args, kwargs):
             return result
         with self._guard.work():
             self._look(pending, func, args, kwargs or {}, result)
+            if _is_complete(pending):
+                self._forget()
         return result
+
+    def _concerns(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operation can matter: most of a forward's neither take nor write our own."""
+        tags = self._tags
+        for arg in args:
+            if id(arg) in tags or type(arg) in (list, tuple):
+                return True
+        return bool(kwargs) or _is_in_place(_name(func), {})
 
     def _look(self, pending: Pending, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = _name(func)
@@ -372,6 +390,21 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
+
+
+def _is_complete(pending: Pending) -> bool:
+    """Whether every candidate that was right the last times at this line has been made."""
+    learned = pending.learned
+    if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:
+        return False
+    if len(learned.candidates) != len(pending.candidates) or any(pending.writes):
+        return False
+    return all(
+        len(candidates) > expected or gradient is None
+        for candidates, expected, gradient in zip(
+            pending.candidates, learned.candidates, pending.gradients, strict=True
+        )
+    )
 
 
 def _name(func: Any) -> str:

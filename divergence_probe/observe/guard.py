@@ -16,7 +16,6 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from divergence_probe.errors import DivergenceDetected
 
-
 # Bound once: they are called a dozen times in every inner step.
 _clock = time.perf_counter
 _DisableTorchFunction = torch._C.DisableTorchFunction

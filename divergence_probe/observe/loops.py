@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower, Learned, Pending
@@ -140,20 +141,21 @@ class Loops:
     ) -> Pending:
         site = self._session.sites.here()
         learned = self._learned.setdefault(site, Learned())
-        widths = [physical(t)[1] for t in (*inputs, *gradients) if t is not None]
+        wrapped = any(is_wrapped(t) for t in (*inputs, *gradients) if t is not None)
+        widths = [physical(t)[1] for t in (*inputs, *gradients) if t is not None] if wrapped else []
         width = max(widths, default=1)
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
-        scalar = loss is not None and loss.numel() > 0
+        scalar = loss is not None and loss.numel() == 1
         second_order = any(g is not None and g.requires_grad for g in gradients)
         pending = Pending(
             site=site,
             function=function,
             inputs=[weakref.ref(tensor) for tensor in inputs],
-            # A leaf may be the base, which an outer step overwrites before it is measured.
-            before=[_kept(batched(t, width), copy or t.is_leaf) for t in inputs],
+            before=self._values(inputs, width, wrapped, copy),
             gradients=[
-                _kept(batched(g, width), copy) if g is not None else None for g in gradients
+                _kept(batched(g, width) if wrapped else g, copy) if g is not None else None
+                for g in gradients
             ],
             loss=physical(loss)[0].detach() if loss is not None and scalar else None,
             loss_of=weakref.ref(loss) if loss is not None else None,
@@ -165,8 +167,23 @@ class Loops:
         self._place(pending, inputs)
         return pending
 
+    def _values(
+        self, inputs: Sequence[Tensor], width: int, wrapped: bool, copy: bool
+    ) -> list[Tensor]:
+        """Values of what a gradient is taken of, safe from what the user does to them next."""
+        task = self._thread.task
+        if not copy and not wrapped and task is not None and self._goes_on(task, width, inputs):
+            known = task.last.after if task.last is not None else ()
+            values = [value for p in task.positions if (value := known[p]) is not None]
+            if len(values) == len(inputs):
+                return values  # what the last update made: detached already
+        # A leaf may be the base, which an outer step overwrites before it is measured.
+        return [_kept(batched(t, width) if wrapped else t, copy or t.is_leaf) for t in inputs]
+
     def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
         """Tells weights of another open task from those a gradient of ``inputs`` can go through."""
+        if not self._session.loose.forwards.normalizations:
+            return lambda weight: False  # asked of nothing
         own = {id(tensor) for tensor in inputs}
         others: set[int] = set()
         for task in self._session.open if inputs else ():
@@ -178,7 +195,9 @@ class Loops:
         if len(inputs) < len(pending.inputs):
             return  # one call a parameter, and an earlier one's is gone already
         task = self._thread.task
-        if task is not None and self._continues(task, pending):
+        if task is not None and self._goes_on(task, pending.width, inputs):
+            pending.task = task
+        elif task is not None and self._continues(task, pending):
             pending.task = task
             self._reorder(task, pending)
         elif inputs:
@@ -248,8 +267,8 @@ class Loops:
             # The next call shows one parameter's update only, or shows them in another order.
             return True
         task = self._thread.task
-        if learned.functional and learned.steps and learned.confirmed > 1 and task is not None:
-            position = task.steps if pending.task is task else 0
+        if learned.functional and learned.steps and learned.confirmed > 1:
+            position = task.steps if task is not None and pending.task is task else 0
             return position >= learned.steps - 1
         return True
 
@@ -330,6 +349,18 @@ class Loops:
         if len(found) != len(task.positions) or any(position is None for position in found):
             return
         task.positions = [position for position in found if position is not None]
+
+    def _goes_on(self, task: Task, width: int, inputs: Sequence[Tensor]) -> bool:
+        """Whether the inputs are exactly what the task's last update made, in the same order.
+
+        So it is in almost every step of a loop that makes new tensors; nothing else is asked then.
+        """
+        if task.ended or task.in_place or width > 1 or len(task.inputs) != len(inputs):
+            return False
+        return bool(inputs) and all(
+            reference is not None and reference() is tensor
+            for reference, tensor in zip(task.inputs, inputs, strict=True)
+        )
 
     def _continues(self, task: Task, pending: Pending) -> bool:
         """Whether the gradient was taken of the task's own fast weights."""

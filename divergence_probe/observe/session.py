@@ -38,10 +38,13 @@ from divergence_probe.record.schema import (
     Event,
     Layout,
     empty_block,
+    joined,
 )
 
 _ROWS_PER_BLOCK = 256
 _BYTES_PER_BLOCK = 32 * 2**20
+# Rows whose tensors are kept: more would leave the caches, and make Python's collector work.
+_ROWS_AT_ONCE = 32
 _SECONDS_PER_BLOCK = 1.0
 _ROWS_HELD = 32
 
@@ -150,6 +153,8 @@ class Session:
         self._started = self._flushed = time.perf_counter()
         self._indices = itertools.count()
         self._rows: list[Row] = []
+        self._parts: list[Block] = []
+        self._count = 0
         self._bytes = 0
         self._events: list[Event] = []
         self._lock = threading.RLock()
@@ -438,14 +443,15 @@ class Session:
             if self._rows and self._rows[-1].layout != row.layout:
                 self.flush()
             self._rows.append(row)
+            self._count += 1
             self._bytes += self._row_bytes(row)
-            if (
-                self.eager
-                or len(self._rows) >= _ROWS_PER_BLOCK
-                or self._bytes > _BYTES_PER_BLOCK
-                or _alarming(row.loss)
-            ):
+            if self.eager or self._count >= _ROWS_PER_BLOCK or _alarming(row.loss):
                 self.flush()
+            elif len(self._rows) > _ROWS_AT_ONCE or self._bytes > _BYTES_PER_BLOCK:
+                # All but the last, which a second optimizer may still complete.
+                self._part(self._rows[:-1])
+                self._rows = self._rows[-1:]
+                self._bytes = self._row_bytes(row)
 
     def _row_bytes(self, row: Row) -> int:
         """Bytes a row keeps alive; the same for every row of a layout, near enough."""
@@ -506,24 +512,31 @@ class Session:
         """Measure the pending rows and hand them on as a block."""
         with self._lock:
             self._flushed = time.perf_counter()
-            rows, self._rows, self._bytes = self._rows, [], 0
+            rows, self._rows, self._bytes, self._count = self._rows, [], 0, 0
             events, self._events = self._events, []
             if not rows and not events:
                 return
-            block = self._measure(rows, events)
-            for row in rows:
-                row.previous = row.preceding = None
+            self._part(rows)
+            parts, self._parts = self._parts, []
+            block = joined(parts, events) if parts else self._empty(events)
             for measured in self.measured:
                 measured(block)
         self._sink.block(block)
 
-    def _measure(self, rows: list[Row], events: list[Event]) -> Block:
-        layouts = self.models.layouts
-        layout = layouts[rows[0].layout if rows else 0] if layouts else Layout(0, "", ())
+    def _part(self, rows: list[Row]) -> None:
+        """Measure some rows of the block to come, and let go of their tensors."""
         if not rows:
-            return empty_block(layout, self.sites.table, events, self._rank)
+            return
+        layout = self.models.layouts[rows[0].layout]
         with _no_user_modes():
-            return build_block(rows, layout, self.sites.table, events, self._rank)
+            self._parts.append(build_block(rows, layout, self.sites.table, [], self._rank))
+        for row in rows:
+            row.previous = row.preceding = None
+
+    def _empty(self, events: list[Event]) -> Block:
+        layouts = self.models.layouts
+        layout = layouts[0] if layouts else Layout(0, "", ())
+        return empty_block(layout, self.sites.table, events, self._rank)
 
     def close(self) -> None:
         """End everything that is open and hand on what is left."""
@@ -548,7 +561,7 @@ def _alarming(loss: Number) -> bool:
     if isinstance(loss, Tensor):
         if loss.device.type != "cpu" or loss.numel() != 1:
             return False
-        loss = float(loss)
+        loss = loss.item()
     return loss is not None and not math.isfinite(loss)
 
 

@@ -14,6 +14,7 @@ from divergence_probe.observe.steps import measure, measured_at_once
 from divergence_probe.observe.velocity import carried_velocities
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
+    BATCH_NORM_DISTANCES,
     MISSING,
     PARAMETER_COLUMNS,
     Array,
@@ -145,15 +146,12 @@ def _batch_norm_columns(rows: Sequence[Row], layout: Layout) -> dict[str, Array]
             calls.setdefault(layer, []).append((position, call))
     shape = (len(rows), len(layout.batch_norms))
     columns = {
-        name: np.full(shape, np.nan if name in _DISTANCES else MISSING)
+        name: np.full(shape, np.nan if name in BATCH_NORM_DISTANCES else MISSING)
         for name in BATCH_NORM_COLUMNS
     }
     for layer, members in calls.items():
         _fill_layer(columns, layer, members)
     return columns
-
-
-_DISTANCES = ("bn_mean_distance", "bn_log_variance_ratio", "bn_drift")
 
 
 def _fill_layer(

@@ -7,6 +7,7 @@ streams as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,6 +176,10 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+#: Normalisation columns that may be negative: nan, not -1, is their 'unknown'.
+BATCH_NORM_DISTANCES = ("bn_mean_distance", "bn_log_variance_ratio", "bn_drift")
+
+
 @dataclass
 class Block:
     """Consecutive rows of one layout, as arrays ``[S]``, ``[S, P]`` and ``[S, B]``.
@@ -213,4 +218,33 @@ def empty_block(layout: Layout, sites: list[str], events: list[Event], rank: int
         events,
         sites,
         rank,
+    )
+
+
+def joined(parts: Sequence[Block], events: list[Event]) -> Block:
+    """One block of the rows of several of the same layout, with ``events``.
+
+    Normalisation and dropout layers met later are unknown to the earlier parts.
+    """
+    last = parts[-1]
+    scalars = {n: np.concatenate([part.scalars[n] for part in parts]) for n in last.scalars}
+    parameters = {n: np.concatenate([p.parameters[n] for p in parts]) for n in last.parameters}
+    batch_norm = {n: _stacked([part.batch_norm[n] for part in parts], n) for n in last.batch_norm}
+    dropout = _stacked([part.dropout for part in parts])
+    return Block(
+        last.layout, scalars, parameters, batch_norm, dropout, events, last.sites, last.rank
+    )
+
+
+def _stacked(values: Sequence[Array], name: str = "") -> Array:
+    """``[S, B]`` arrays below one another, narrower ones filled up with 'unknown'."""
+    width = values[-1].shape[1]
+    unknown = np.nan if name in BATCH_NORM_DISTANCES else MISSING
+    return np.concatenate(
+        [
+            np.pad(v, ((0, 0), (0, width - v.shape[1])), constant_values=unknown)
+            if v.shape[1] < width
+            else v
+            for v in values
+        ]
     )

@@ -269,7 +269,8 @@ class ModeNotPropagated(Rule):
                 self._switched.pop(event.task, None)
             elif event.data.get("mode") != event.data.get("was"):
                 mode = 1.0 if event.data.get("mode") == "train" else 0.0
-                self._switched[event.task] = (mode, event.seconds, event.site)
+                # The first switch is the one that was meant; a later one only takes it back.
+                self._switched.setdefault(event.task, (mode, event.seconds, event.site))
         seconds = frame.block.scalars["seconds"]
         modes = (
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),

@@ -56,7 +56,8 @@ class NoMetaGradient(Rule):
         gradients = frame.block.parameters["gradient_norm"]
         for row in np.flatnonzero(frame.outer):
             held = frame.block.parameters["norm_before"][row] != MISSING
-            nothing = (gradients[row] == MISSING) | (gradients[row] == 0)  # a NaN is a gradient, if a bad one
+            # a NaN is a gradient, if a bad one
+            nothing = (gradients[row] == MISSING) | (gradients[row] == 0)
             if not held.any() or not self._last or not nothing.all():
                 continue
             why, fix = self._reason()

@@ -1,4 +1,4 @@
-"""Loops in the surroundings real ones have: compiled models, autocast, workers, threads, wrappers."""
+"""Loops in the surroundings real ones have: compiled models, autocast, workers, threads."""
 
 from __future__ import annotations
 

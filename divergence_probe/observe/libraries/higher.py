@@ -53,16 +53,17 @@ class _Higher:
 
     def monkeypatch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Note which model a patched one was made from, and whether its weights were copied."""
-        signature = inspect.signature(original)
+        known = inspect.signature(original).parameters
+        position = list(known).index("copy_initial_weights")
+        default = known["copy_initial_weights"].default
 
         def monkeypatch(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if self.session.guard.watching:
                 with self.session.guard.work():
-                    bound = signature.bind(*args, **kwargs)
-                    bound.apply_defaults()
-                    module = bound.arguments["module"]
-                    copied = bool(bound.arguments["copy_initial_weights"])
+                    module = kwargs["module"] if "module" in kwargs else args[0]
+                    copied = args[position] if len(args) > position else default
+                    copied = bool(kwargs.get("copy_initial_weights", copied))
                     self.bases[result] = (weakref.ref(module), copied)
                     self.session.models.register(module)
             return result
@@ -179,7 +180,7 @@ class _Higher:
             flags |= FLAGS["clippable"] | (FLAGS["clipped"] if _shrunk(seen[0], seen[1]) else 0)
         self.session.step(
             task,
-            [tensor.detach() for tensor in before],
+            _values(task, before),
             [tensor.detach() for tensor in after],
             [g.detach() if g is not None else None for g in raw],
             loss=loss.detach(),
@@ -210,6 +211,16 @@ class _Higher:
                         self.session.finish_task(task)
 
         return innerloop
+
+
+def _values(task: Task, before: list[Tensor]) -> list[Tensor]:
+    """Detached parameters before a step: those the step before it made, unless they were replaced."""
+    if task.last is not None and len(task.fast) == len(before) == len(task.last.after):
+        made = [value for value in task.last.after if value is not None]
+        same = all(r is not None and r() is t for r, t in zip(task.fast, before, strict=True))
+        if same and len(made) == len(before):
+            return made
+    return [tensor.detach() for tensor in before]
 
 
 def _take(session: Session, task: Task) -> Forwards:
