@@ -335,7 +335,8 @@ class NoParameterChange(Rule):
         with np.errstate(all="ignore"):
             due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
         due &= ~np.asarray(half, dtype=bool)
-        moved = update != 0  # also where it was not seen: that says nothing
+        # An update that was not seen (nan) says nothing, so it does not count as still.
+        moved = np.isfinite(gradient) & (update != 0)
         return np.asarray(due.any(1) & ~moved.any(1))
 
     def _repeated(self, frame: Frame) -> Iterator[Finding]:
