@@ -2,7 +2,8 @@
 
 ``python benchmarks/overhead.py`` prints the table; ``--write docs/overhead.md`` writes it;
 ``--pairs N`` sets how many pairs (default 25). Each figure is the median of the paired ratios, with
-the quartiles; the recording is complete and goes to a temporary folder.
+the quartiles; the recording is complete and goes to a temporary folder. The floors are what the
+least a watcher could do costs in the same loops: nothing of ours runs in them.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import higher
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import divergence_probe
 
-Loop = Callable[[int], float]
+Loop = Callable[[nn.Module, Tensor, Tensor, int], None]
+Watch = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 def sinusoid() -> tuple[nn.Module, Tensor, Tensor]:
@@ -97,6 +101,42 @@ def _mlp(w: list[Tensor], x: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(h, w[2], w[3])), w[4], w[5])
 
 
+class _PassingOn(TorchFunctionMode):
+    """Sees every operation and does nothing: the least that seeing them costs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass the call on."""
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _norms_only(net: nn.Module) -> Iterator[None]:
+    """Keep each step's parameters and gradients, and take their norms 32 steps at a time."""
+    optimizer = higher.optim.DifferentiableOptimizer
+    original = optimizer.step
+    kept: list[Tensor] = []
+
+    def step(self: Any, loss: Tensor, **kwargs: Any) -> Any:
+        seen: list[Tensor] = []
+
+        def read(gradients: list[Tensor]) -> list[Tensor]:
+            seen.extend(gradients)
+            return gradients
+
+        result = original(self, loss, grad_callback=read, **kwargs)
+        kept.extend(tensor.detach() for tensor in (*result, *seen))
+        if len(kept) >= 64 * len(seen):
+            torch.stack(torch._foreach_norm(kept)).tolist()
+            kept.clear()
+        return result
+
+    optimizer.step = step
+    try:
+        yield
+    finally:
+        optimizer.step = original
+
+
 #: name, loop, model, tasks a run, and the ratio we mean to stay below
 CASES = (
     ("2x40 MLP, higher", with_higher, sinusoid, 60, 1.12),
@@ -106,12 +146,20 @@ CASES = (
     ("4-conv/64, higher, second order", with_higher, lambda: convolutional(64), 2, 1.01),
 )
 
+#: name, loop, and the least a watcher could do, on the sinusoid net
+FLOORS: tuple[tuple[str, Loop, Watch], ...] = (
+    ("floor, higher: keep references, norms of 32 steps at once", with_higher, _norms_only),
+    ("floor, by hand: an empty function mode", by_hand, lambda net: _PassingOn()),
+    ("floor, torch.func: an empty function mode", with_torch_func, lambda net: _PassingOn()),
+)
+
 
 def measure(
-    loop: Callable[..., None],
+    loop: Loop,
     make: Callable[[], tuple[nn.Module, Tensor, Tensor]],
     tasks: int,
     pairs: int,
+    watch: Watch = divergence_probe.attach,
 ) -> list[float]:
     """Ratios watched / bare of ``pairs`` runs, the two of a pair one after the other."""
     torch.manual_seed(0)
@@ -119,18 +167,23 @@ def measure(
     ratios = []
     for pair in range(pairs + 2):
         first, second = (False, True) if pair % 2 else (True, False)
-        times = {watched: _time(loop, net, x, y, tasks, watched) for watched in (first, second)}
+        times = {
+            watched: _time(loop, net, x, y, tasks, watch(net) if watched else nullcontext())
+            for watched in (first, second)
+        }
         if pair >= 2:  # the first two warm up
             ratios.append(times[True] / times[False])
     return ratios
 
 
 def _time(
-    loop: Callable[..., None], net: nn.Module, x: Tensor, y: Tensor, tasks: int, watched: bool
+    loop: Loop,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    tasks: int,
+    context: AbstractContextManager[object],
 ) -> float:
-    context: AbstractContextManager[object] = (
-        divergence_probe.attach(net) if watched else nullcontext()
-    )
     gc.collect()
     with context:
         loop(net, x, y, 2)  # what is paid once is not the cost of a step
@@ -151,12 +204,15 @@ def main() -> None:
         "| loop | watched / bare, median | quartiles | aim |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for name, loop, make, tasks, aim in CASES:
+    cases = [(*case, divergence_probe.attach) for case in CASES]
+    floors = [(name, loop, sinusoid, 60, None, watch) for name, loop, watch in FLOORS]
+    for name, loop, make, tasks, aim, watch in (*cases, *floors):
         if arguments.only not in name:
             continue
-        ratios = measure(loop, make, tasks, arguments.pairs)
+        ratios = measure(loop, make, tasks, arguments.pairs, watch)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {aim:.2f} |")
+        goal = f"{aim:.2f}" if aim is not None else ""
+        lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {goal} |")
         print(lines[-1], flush=True)
     if arguments.write:
         arguments.write.write_text(_page(lines, arguments.pairs), encoding="utf-8")

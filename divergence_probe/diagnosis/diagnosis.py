@@ -44,11 +44,11 @@ class Summary:
         layers: number of modules that own a parameter.
         adapters: how the loops were seen, such as ``("higher",)``.
         overhead_fraction: time spent in the probe over the run's time, 0 to 1.
-        seconds: how long the run was watched; a share of very few says nothing.
         ranks: number of processes that recorded.
         optimizers: inner optimizers, such as ``("SGD",)``; empty where hand-written.
         learning_rates: smallest and largest inner learning rate seen, or None.
         incomplete: what was not seen, one sentence each, with how to see it.
+        seconds: how long the run was watched; a share of very few says nothing.
     """
 
     tasks: int = 0
@@ -57,11 +57,11 @@ class Summary:
     layers: int = 0
     adapters: tuple[str, ...] = ()
     overhead_fraction: float = 0.0
-    seconds: float = 0.0
     ranks: int = 1
     optimizers: tuple[str, ...] = ()
     learning_rates: tuple[float, float] | None = None
     incomplete: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class _Higher:
 
 
 def _values(task: Task, before: list[Tensor]) -> list[Tensor]:
-    """Detached parameters before a step: those the step before it made, unless they were replaced."""
+    """Detached parameters before a step: what the step before made, where it is the same."""
     if task.last is not None and len(task.fast) == len(before) == len(task.last.after):
         made = [value for value in task.last.after if value is not None]
         same = all(r is not None and r() is t for r, t in zip(task.fast, before, strict=True))
