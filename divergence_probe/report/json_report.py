@@ -7,11 +7,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from divergence_probe.diagnosis.diagnosis import Diagnosis
 from divergence_probe.rules.finding import Finding
+from divergence_probe.version import __version__
 
 FORMAT = "json"
 SCHEMA_VERSION = 1
@@ -60,11 +60,8 @@ def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def tool_version() -> str:
-    """The installed version of the tool, or ``"0+unknown"`` when it runs from a bare tree."""
-    try:
-        return metadata.version("divergence-probe")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
+    """The version of the tool."""
+    return __version__
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_hostile_names_are_text() -> None:
 def test_answers_stand_in_the_page() -> None:
     page = _Page(html.render(samples.diverged()))
     for words in ("An inner loop blew up", "Eval-mode BatchNorm", "net.train()", "×5.7e12",
-                  "BN001", "Only rank 0", "18.4 σ", "probe diff"):  # fmt: skip
+                  "BN001", "Only rank 0", "18.4 σ", "probe report"):  # fmt: skip
         assert words in page.text
     assert "svg" in page.tags
 

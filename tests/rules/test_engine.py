@@ -19,7 +19,8 @@ def engine(*codes, **options):
 def test_findings_of_a_kind_fold_into_the_first_place():
     rules = engine("OPT002")
 
-    fresh = rules.feed(make(inner(0), inner(1, 1, carried_gradient=2.0)))
+    carried = (inner(1, 1, carried_gradient=2.0), inner(1, 2, carried_gradient=2.0))
+    fresh = rules.feed(make(inner(0), *carried))
     again = rules.feed(make(inner(2, 0, carried_gradient=9.0), inner(3, 0, carried_gradient=9.0)))
 
     assert len(fresh) == 1 and again == []

@@ -33,10 +33,17 @@ def test_a_velocity_carried_by_hand():
 
 
 def test_a_gradient_that_was_not_cleared():
-    finding = one("OPT002", make(inner(1, 0), inner(1, 1, carried_gradient=2.5)))
+    steps = (inner(1, 1, carried_gradient=2.5), inner(1, 2, carried_gradient=3.5))
+    finding = one("OPT002", make(inner(1, 0), *steps))
 
     assert place(finding) == ("gradient-accumulation", Severity.ERROR, None, 1, 1)
     assert finding.evidence["carried_gradient_norm"] == 2.5
+
+
+def test_a_single_leftover_is_only_a_remark():
+    finding = one("OPT002", make(inner(0, 0, carried_gradient=2.5), inner(0, 1), inner(1, 0)))
+
+    assert finding.severity is Severity.INFO
 
 
 def test_gradients_that_are_cleared_or_belong_to_the_outer_step():
