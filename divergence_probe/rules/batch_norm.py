@@ -37,7 +37,10 @@ class _EvalStatistics(Rule):
         evaluated &= norm["bn_untrained"] == float(untrained)
         far = self._farness(norm) > 1
         # Later steps move the weights, so only a task's first look at a layer judges it.
-        first_look = (frame.step == 0) | frame.query
+        # (Untrained statistics are untrained at any time.)
+        first_look = frame.step == 0
+        if untrained:
+            first_look = first_look | frame.query
         hit = evaluated & far & first_look[:, None]
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
             # Untrained statistics are wrong in every layer that evaluates them, far or not.
