@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.tensors import batched, plain
 from divergence_probe.record.schema import FLAGS
 
@@ -101,7 +102,7 @@ class Candidate:
     cut: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """A gradient that was taken and whose update, if one follows, is not complete yet.
 
@@ -137,8 +138,8 @@ class Pending:
     site: int
     function: str
     inputs: list[weakref.ref[Tensor]]
-    before: list[Tensor]
-    gradients: list[Tensor | None]
+    before: Sequence[Tensor]
+    gradients: Sequence[Tensor | None]
     loss: Number
     loss_of: weakref.ref[Tensor] | None
     forwards: Forwards
@@ -158,7 +159,8 @@ class Pending:
     of_base: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
 
-    def __post_init__(self) -> None:
+    def expect_evidence(self) -> None:
+        """Make room for what is seen of each input; empty as long as nothing is followed."""
         missing = len(self.inputs) - len(self.candidates)
         self.candidates += [[] for _ in range(missing)]
         self.writes += [0] * missing
@@ -206,6 +208,7 @@ class Follower(TorchFunctionMode):
         if self._pending is not pending:
             self._pending, self._tags, self._storages = pending, {}, {}
             self._cut = set()
+        pending.expect_evidence()
         for index, reference in enumerate(pending.inputs):
             tensor = reference()
             if tensor is not None:
@@ -400,9 +403,9 @@ def _is_complete(pending: Pending) -> bool:
     if len(learned.candidates) != len(pending.candidates) or any(pending.writes):
         return False
     return all(
-        len(candidates) > expected or gradient is None
-        for candidates, expected, gradient in zip(
-            pending.candidates, learned.candidates, pending.gradients, strict=True
+        len(candidates) > expected or shape is None
+        for candidates, expected, shape in zip(
+            pending.candidates, learned.candidates, shapes_of(pending.gradients), strict=True
         )
     )
 

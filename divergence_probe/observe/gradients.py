@@ -105,18 +105,19 @@ class _Gradients:
             if self._passes():
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
             with self._guard.work():
+                site = self._session.sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
                     inputs = tensors  # an iterator can be read only once
                 loss = _first_tensor(outputs)
-                self._open("grad", loss, tensors)
-                self._forensics.before(loss, tensors, names=self._names)
+                self._open(site, "grad", loss, tensors)
+                self._forensics.before(site, loss, tensors, names=self._names)
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
-                self._note("grad", _first_tensor(outputs), tensors, made)
+                self._note(site, "grad", loss, tensors, made)
                 self._forensics.after(loss, tensors, made, self._names)
             return result
 
@@ -135,8 +136,8 @@ class _Gradients:
         watched = not isinstance(inputs, dict) and self._guard.watching
         if watched:
             with self._guard.work():
-                loss = _first_tensor(outputs)
-                self._forensics.before(loss, tensors, names=self._names, library=True)
+                site, loss = self._session.sites.here(), _first_tensor(outputs)
+                self._forensics.before(site, loss, tensors, names=self._names, library=True)
         result = original(outputs, inputs, *args, **kwargs)
         if watched:
             taken.note(tensors, result)
@@ -169,7 +170,8 @@ class _Gradients:
                 return reached or self._reached(tensors, kwargs.get("inputs"))
 
             with self._guard.work():
-                stepped = self._loops.learned_here().optimizer
+                site, loss = self._session.sites.here(), _first_tensor(tensors)
+                stepped = self._loops.learned_at(site).optimizer
                 if stepped is None:
                     reached = self._reached(tensors, kwargs.get("inputs"))
                     there = reached
@@ -178,14 +180,14 @@ class _Gradients:
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
                 # the optimizer known at this line may have been the task before's, now gone
                 adds = not there or any(_is_nonzero(gradient) for _, gradient in carried)
-                self._open("backward", _first_tensor(tensors), reached, adds)
-                self._forensics.before(_first_tensor(tensors), parameters, names=self._names)
+                self._open(site, "backward", loss, reached, adds)
+                self._forensics.before(site, loss, parameters, names=self._names)
             with self._guard.gradient_call():
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
-                self._note("backward", _first_tensor(tensors), reached, made, carried)
-                self._forensics.after(_first_tensor(tensors), parameters, None, self._names)
+                self._note(site, "backward", loss, reached, made, carried)
+                self._forensics.after(loss, parameters, None, self._names)
             return result
 
         return backward
@@ -212,9 +214,9 @@ class _Gradients:
             with self._functional.taking(inputs):
                 result = original(func, argnums, has_aux, args, kwargs)
             with self._guard.work():
-                value = result[1][0] if has_aux else result[1]
-                self._open("func", value, inputs)
-                self._note("func", value, inputs, _tensors(result[0]))
+                site, value = self._session.sites.here(), result[1][0] if has_aux else result[1]
+                self._open(site, "func", value, inputs)
+                self._note(site, "func", value, inputs, _tensors(result[0]))
             return result
 
         return grad_and_value_impl
@@ -237,8 +239,9 @@ class _Gradients:
                             primals if argnums is None else [primals[i] for i in _tuple(argnums)]
                         )
                         inputs, loss = _tensors(taken), _first_tensor(output)
-                        self._open("func", loss, inputs)
-                        self._note("func", loss, inputs, _tensors(made))
+                        site = self._session.sites.here()
+                        self._open(site, "func", loss, inputs)
+                        self._note(site, "func", loss, inputs, _tensors(made))
                 return made
 
             return (output, watched, *aux)
@@ -253,8 +256,8 @@ class _Gradients:
                 return original(outputs, inputs, *args, **kwargs)
             loss, tensors = _first_tensor(outputs), _tensors(inputs)
             with self._guard.work():
-                sources = self._functional.inputs
-                self._forensics.before(loss, tensors, names=self._names, sources=sources)
+                site, sources = self._session.sites.here(), self._functional.inputs
+                self._forensics.before(site, loss, tensors, names=self._names, sources=sources)
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
@@ -264,13 +267,19 @@ class _Gradients:
         return _autograd_grad
 
     def _open(
-        self, function: str, loss: Tensor | None, inputs: Sequence[Tensor], adds: bool = False
+        self,
+        site: int,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        adds: bool = False,
     ) -> None:
-        self._library_query(loss)
+        self._library_query(site, loss)
         self._loops.opening(function, loss, inputs, adds)
 
     def _note(
         self,
+        site: int,
         function: str,
         loss: Tensor | None,
         inputs: Sequence[Tensor],
@@ -278,7 +287,7 @@ class _Gradients:
         carried: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         if len(inputs) == len(gradients):
-            self._loops.gradient(function, loss, inputs, gradients, carried=carried)
+            self._loops.gradient(site, function, loss, inputs, gradients, carried=carried)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         """Positions and names of parameters in their model."""
@@ -292,14 +301,14 @@ class _Gradients:
         known, positions = self._loops.name(inputs, inputs)
         return [(position, known.layout.parameters[position].name) for position in positions]
 
-    def _library_query(self, loss: Tensor | None) -> None:
+    def _library_query(self, site: int, loss: Tensor | None) -> None:
         """A gradient outside a library's own step is taken of the query of its open task."""
         session = self._session
         for task in reversed(session.open):
             if task.module_names is not None and task.steps and task.forwards:
                 scalar = loss is not None and loss.numel() == 1
                 value = loss.detach() if scalar and loss is not None else None
-                session.query(task, task.forwards.take(), value, session.sites.here())
+                session.query(task, task.forwards.take(), value, site)
                 return
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.snapshot import Snapshot, kept, snapshot
 from divergence_probe.observe.tensors import base_of, batched, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
@@ -62,9 +63,12 @@ class Loops:
         """The gradient this thread waits to see the update of."""
         return self._thread.pending
 
-    def learned_here(self) -> Learned:
-        """What is known of the user's current line."""
-        return self._learned.setdefault(self._session.sites.here(), Learned())
+    def learned_at(self, site: int) -> Learned:
+        """What is known of the gradients taken at a line."""
+        learned = self._learned.get(site)
+        if learned is None:
+            learned = self._learned[site] = Learned()
+        return learned
 
     def stop_following(self) -> None:
         """A gradient is about to be taken: the update before it is complete by now."""
@@ -95,6 +99,7 @@ class Loops:
 
     def gradient(
         self,
+        site: int,
         function: str,
         loss: Tensor | None,
         inputs: Sequence[Tensor],
@@ -110,7 +115,7 @@ class Loops:
             pending.forwards.extend(forwards)
             self._extend(pending, loss, inputs, gradients)
         else:
-            pending = self._begin(function, loss, inputs, gradients, forwards)
+            pending = self._begin(site, function, loss, inputs, gradients, forwards)
             pending.carried = [(weakref.ref(leaf), gradient) for leaf, gradient in carried]
             thread.pending = pending
         if pending.inputs and all(gradient is None for gradient in gradients):
@@ -133,30 +138,29 @@ class Loops:
 
     def _begin(
         self,
+        site: int,
         function: str,
         loss: Tensor | None,
         inputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         forwards: Forwards,
     ) -> Pending:
-        site = self._session.sites.here()
-        learned = self._learned.setdefault(site, Learned())
-        wrapped = any(is_wrapped(t) for t in (*inputs, *gradients) if t is not None)
-        widths = [physical(t)[1] for t in (*inputs, *gradients) if t is not None] if wrapped else []
-        width = max(widths, default=1)
+        learned = self.learned_at(site)
+        made = [gradient for gradient in gradients if gradient is not None]
+        wrapped = any(map(is_wrapped, inputs)) or any(map(is_wrapped, made))
+        width = max(physical(t)[1] for t in (*inputs, *made)) if wrapped else 1
+        task = self._thread.task
+        goes_on = width == 1 and task is not None and self._goes_on(task, inputs)
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
         scalar = loss is not None and loss.numel() == 1
-        second_order = any(g is not None and g.requires_grad for g in gradients)
+        second_order = any(gradient.requires_grad for gradient in made)
         pending = Pending(
             site=site,
             function=function,
             inputs=[weakref.ref(tensor) for tensor in inputs],
-            before=self._values(inputs, width, wrapped, copy),
-            gradients=[
-                _kept(batched(g, width) if wrapped else g, copy) if g is not None else None
-                for g in gradients
-            ],
+            before=self._values(inputs, width, wrapped, copy, goes_on),
+            gradients=snapshot(_plain(gradients, width) if wrapped else gradients, copy),
             loss=physical(loss)[0].detach() if loss is not None and scalar else None,
             loss_of=weakref.ref(loss) if loss is not None else None,
             forwards=forwards,
@@ -164,21 +168,23 @@ class Loops:
             flags=FLAGS["second_order"] if second_order else 0,
             width=width,
         )
-        self._place(pending, inputs)
+        self._place(pending, inputs, goes_on)
         return pending
 
     def _values(
-        self, inputs: Sequence[Tensor], width: int, wrapped: bool, copy: bool
-    ) -> list[Tensor]:
+        self, inputs: Sequence[Tensor], width: int, wrapped: bool, copy: bool, goes_on: bool
+    ) -> Sequence[Tensor]:
         """Values of what a gradient is taken of, safe from what the user does to them next."""
         task = self._thread.task
-        if not copy and not wrapped and task is not None and self._goes_on(task, width, inputs):
-            known = task.last.after if task.last is not None else ()
-            values = [value for p in task.positions if (value := known[p]) is not None]
-            if len(values) == len(inputs):
+        if goes_on and not copy and not wrapped and task is not None and task.last is not None:
+            values = gathered(task.last.after, task.positions)
+            if _are_whole(values):
                 return values  # what the last update made: detached already
         # A leaf may be the base, which an outer step overwrites before it is measured.
-        return [_kept(batched(t, width) if wrapped else t, copy or t.is_leaf) for t in inputs]
+        copy = copy or any(tensor.is_leaf for tensor in inputs)
+        values = snapshot(_plain(inputs, width) if wrapped else inputs, copy)
+        assert _are_whole(values)
+        return values
 
     def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
         """Tells weights of another open task from those a gradient of ``inputs`` can go through."""
@@ -190,12 +196,12 @@ class Loops:
             others |= {id(t) for r in task.fast if r is not None and (t := r()) is not None}
         return lambda weight: id(weight) in others and id(weight) not in own
 
-    def _place(self, pending: Pending, inputs: Sequence[Tensor]) -> None:
+    def _place(self, pending: Pending, inputs: Sequence[Tensor], goes_on: bool) -> None:
         """Note the task it goes on with, or the model it begins with, while the inputs live."""
         if len(inputs) < len(pending.inputs):
             return  # one call a parameter, and an earlier one's is gone already
         task = self._thread.task
-        if task is not None and self._goes_on(task, pending.width, inputs):
+        if goes_on:
             pending.task = task
         elif task is not None and self._continues(task, pending):
             pending.task = task
@@ -239,20 +245,24 @@ class Loops:
         gradients: Sequence[Tensor | None],
     ) -> None:
         if pending.function == "backward":
-            pending.gradients = [_kept(g, True) if g is not None else None for g in gradients]
+            pending.gradients = snapshot(gradients, copy=True)
             pending.flags |= FLAGS["accumulated"]
             if isinstance(pending.loss, Tensor) and loss is not None and loss.numel() == 1:
                 pending.loss = pending.loss + loss.detach()
             return
         pending.learned.piecewise = True
+        before, made = list(pending.before), list(pending.gradients)
         for tensor, gradient in zip(inputs, gradients, strict=True):
             pending.inputs.append(weakref.ref(tensor))
-            pending.before.append(_kept(batched(tensor, pending.width), True))
-            kept = _kept(batched(gradient, pending.width), True) if gradient is not None else None
-            pending.gradients.append(kept)
-            pending.candidates.append([])
-            pending.writes.append(0)
-        self._place(pending, [t for r in pending.inputs if (t := r()) is not None])
+            before.append(kept(batched(tensor, pending.width), copy=True))
+            made.append(
+                kept(batched(gradient, pending.width), copy=True) if gradient is not None else None
+            )
+        pending.before, pending.gradients = before, made
+        present = [t for r in pending.inputs if (t := r()) is not None]
+        task = self._thread.task
+        goes_on = pending.width == 1 and task is not None and self._goes_on(task, present)
+        self._place(pending, present, goes_on)
 
     def _needs_following(self, pending: Pending) -> bool:
         """Whether the update must be watched as it happens.
@@ -350,12 +360,12 @@ class Loops:
             return
         task.positions = [position for position in found if position is not None]
 
-    def _goes_on(self, task: Task, width: int, inputs: Sequence[Tensor]) -> bool:
+    def _goes_on(self, task: Task, inputs: Sequence[Tensor]) -> bool:
         """Whether the inputs are exactly what the task's last update made, in the same order.
 
         So it is in almost every step of a loop that makes new tensors; nothing else is asked then.
         """
-        if task.ended or task.in_place or width > 1 or len(task.inputs) != len(inputs):
+        if task.ended or task.in_place or len(task.inputs) != len(inputs):
             return False
         return bool(inputs) and all(
             reference is not None and reference() is tensor
@@ -546,8 +556,8 @@ class Loops:
             self._thread.follower.stop()
 
 
-def _kept(tensor: Tensor, copy: bool) -> Tensor:
-    return tensor.detach().clone() if copy else tensor.detach()
+def _plain(tensors: Sequence[Tensor | None], width: int) -> Sequence[Tensor | None]:
+    return [batched(tensor, width) if tensor is not None else None for tensor in tensors]
 
 
 def _same_values(left: Tensor | None, right: Tensor) -> bool:
@@ -562,9 +572,22 @@ def _same_values(left: Tensor | None, right: Tensor) -> bool:
 
 def spread(
     values: Sequence[Tensor | None], positions: Sequence[int], width: int
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Values at their positions in the model's own order, None elsewhere."""
+    if len(positions) == width and positions == list(range(width)):
+        return values  # the same object: what one step made is what the next starts from
     result: list[Tensor | None] = [None] * width
     for value, position in zip(values, positions, strict=True):
         result[position] = value
     return result
+
+
+def gathered(values: Sequence[Tensor | None], positions: Sequence[int]) -> Sequence[Tensor | None]:
+    """What stands at ``positions``: the inverse of :func:`spread`."""
+    if len(positions) == len(values) and positions == list(range(len(values))):
+        return values
+    return [values[position] for position in positions]
+
+
+def _are_whole(values: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+    return isinstance(values, Snapshot) or all(value is not None for value in values)

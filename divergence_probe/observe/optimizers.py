@@ -25,6 +25,7 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.snapshot import Values, snapshot
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -66,8 +67,8 @@ class _Step:
     optimizer: Any
     facts: OptimizerFacts
     parameters: list[Tensor]
-    before: list[Tensor]
-    gradients: list[Tensor | None]
+    before: Values
+    gradients: Values
     pending: Pending | None
     site: int
     known: KnownModel
@@ -129,7 +130,7 @@ class Optimizers:
                 guard.state.gradient += 1
             with guard.work():
                 step.pending = self._consumed(step.parameters)
-                step.gradients = [_gradient(p) for p in step.parameters]
+                step.gradients = snapshot([p.grad for p in step.parameters], copy=True)
                 if step.pending is not None:
                     self._session.name_forwards(step.pending.forwards, step.known, None)
             return result
@@ -181,8 +182,8 @@ class Optimizers:
             optimizer,
             facts,
             parameters,
-            [p.detach().clone() for p in parameters],
-            [_gradient(p) for p in parameters],
+            snapshot(parameters, copy=True),
+            snapshot([p.grad for p in parameters], copy=True),
             pending,
             self._session.sites.here(),
             known,
@@ -215,7 +216,7 @@ class Optimizers:
         return self._loops.take_pending()
 
     def _end(self, step: _Step) -> None:
-        after = [p.detach().clone() for p in step.parameters]
+        after = snapshot(step.parameters, copy=True)
         width = len(step.known.layout.parameters)
         columns = [
             spread(values, step.positions, width) for values in (step.before, after, step.gradients)
@@ -259,7 +260,7 @@ class Optimizers:
             task.fast[position] = weakref.ref(parameter)
         self._thread.last = (pending, task)
 
-    def _merge(self, step: _Step, task: Task, columns: list[list[Tensor | None]]) -> bool:
+    def _merge(self, step: _Step, task: Task, columns: Sequence[Sequence[Tensor | None]]) -> bool:
         """A second optimizer after the same backward completes the row of the first."""
         if step.pending is not None or self._thread.last is None:
             return False
@@ -315,7 +316,7 @@ class Optimizers:
             return True
         for value, position in zip(step.before, step.positions, strict=True):
             left = task.last.after[position]
-            if left is None or left.device.type != "cpu":
+            if left is None or value is None or left.device.type != "cpu":
                 continue
             if not torch.equal(left, value) and not bool(left.isnan().any()):
                 return False
@@ -381,10 +382,6 @@ class Optimizers:
                 if task.provisional and task.base is not None:
                     self._session.confirm(task)
                 self._finish(task)
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    return parameter.grad.detach().clone() if parameter.grad is not None else None
 
 
 def _facts(optimizer: Optimizer) -> OptimizerFacts:

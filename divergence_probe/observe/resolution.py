@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.following import Pending
 from divergence_probe.observe.models import Models
+from divergence_probe.observe.snapshot import Snapshot, is_empty, shapes_of, snapshot
 from divergence_probe.observe.tensors import base_of, batched, physical
 from divergence_probe.record.schema import FLAGS
 
@@ -25,14 +27,15 @@ class Update:
     """
 
     tensors: list[Tensor | None]
-    values: list[Tensor | None]
+    values: Sequence[Tensor | None]
     certain: bool = True
     in_place: bool = False
 
     @property
     def complete(self) -> bool:
         """Whether every input's update was seen."""
-        return all(value is not None for value in self.values)
+        values = self.values
+        return isinstance(values, Snapshot) or all(value is not None for value in values)
 
 
 def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:
@@ -45,26 +48,44 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     """
     if pending.written:
         return _in_place(pending)
+    if not pending.candidates:  # the middle of a task of known length: nothing was followed
+        return _unfollowed(pending, following, models)
     if _discarded(pending, following):
         pending.flags |= FLAGS["discarded"]
         return Update([reference() for reference in pending.inputs], list(pending.before))
     continues = _continues(pending, following, models)
-    update = Update([], [])
+    tensors: list[Tensor | None] = []
+    values: list[Tensor | None] = []
+    certain = True
     right: list[int] = []
     found = False
     for index in range(len(pending.inputs)):
         choice = _choose(pending, index, following, continues)
-        update.certain &= choice.certain
+        certain &= choice.certain
         right.append(choice.position)
         found |= choice.value is not None and pending.gradients[index] is not None
-        update.tensors.append(choice.tensor)
-        update.values.append(choice.value)
+        tensors.append(choice.tensor)
+        values.append(choice.value)
     if not found:
         return None
     if _cut(pending, right):
         pending.flags &= ~FLAGS["second_order"]
-    _learn(pending, right, update.certain)
-    return update
+    _learn(pending, right, certain)
+    return Update(tensors, snapshot(values, copy=False), certain)
+
+
+def _unfollowed(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:
+    """What the next gradient is taken of, if that can only be this one's result."""
+    if is_empty(pending.gradients) or not _continues(pending, following, models):
+        return None
+    pending.learned.functional = True
+    pending.learned.confirmed += 1
+    plain = (
+        following
+        if pending.width == 1 and not any(map(is_wrapped, following))
+        else [batched(tensor, pending.width) for tensor in following]
+    )
+    return Update(list(following), snapshot(plain, copy=False))
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
@@ -152,11 +173,12 @@ def _continues(pending: Pending, following: Sequence[Tensor], models: Models) ->
     """
     if len(following) != len(pending.inputs) or (pending.followed and not pending.escaped):
         return False
-    for tensor, before in zip(following, pending.before, strict=True):
-        value = physical(tensor)[0]
-        shapes = (before.shape, before.shape[1:]) if pending.width > 1 else (before.shape,)
-        if value.shape not in shapes:
+    for tensor, shape in zip(following, shapes_of(pending.before), strict=True):
+        own = physical(tensor)[0].shape
+        if shape is None or (own != shape and (pending.width == 1 or own != shape[1:])):
             return False
-        if models.find(tensor) is not None or base_of(tensor) is not None:
+        if models.find(tensor) is not None:
             return False
-    return any(pending.is_input(tensor) is None for tensor in following)
+    inputs = {id(reference()) for reference in pending.inputs}
+    fresh = next((tensor for tensor in following if id(tensor) not in inputs), None)
+    return fresh is not None and base_of(fresh) is None  # clones of a base begin a new task

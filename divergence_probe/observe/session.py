@@ -470,6 +470,8 @@ class Session:
 
     def name_forwards(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
         """Give every call its layer name while its module is still alive."""
+        if not forwards.normalizations and not forwards.dropouts:
+            return
         calls: list[NormalizationCall | DropoutCall] = [
             *forwards.normalizations,
             *forwards.dropouts,

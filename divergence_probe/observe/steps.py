@@ -1,8 +1,9 @@
 """The numbers of inner steps, one parameter at a time over all rows of a block.
 
-One parameter has one shape, so its tensors of a whole block stack into one: about twelve tensor
-operations a parameter and block, whatever the number of rows, instead of six a row. Large tensors
-are measured where they lie; stacking them would move more memory than it saves calls.
+(A small model's parameters are all taken at once: :mod:`.step_vectors`.) One parameter has one
+shape, so its tensors of a whole block stack into one: about twelve tensor operations a parameter
+and block, whatever the number of rows, instead of six a row. Large tensors are measured where they
+lie; stacking them would move more memory than it saves calls.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, measurable, norms, to_numpy
+from divergence_probe.observe.step_vectors import measure_vectors
 from divergence_probe.record.schema import MISSING, PARAMETER_COLUMNS, Array
 
 # Elements of one stack: beyond that every operation on it pays for fresh pages of memory.
@@ -61,20 +63,40 @@ def measure(rows: Sequence[Row], parameters: int, width: int) -> StepNumbers:
     slope_after = np.zeros((len(rows), width))  # and after it
     chosen = _Chosen.of([i for i, row in enumerate(rows) if row.before is not row.after], previous)
     kept = [rows[i] for i in chosen.rows]
-    # By parameter instead of by row.
-    befores, afters, gradients = (
-        list(zip(*(getattr(row, name) for row in kept), strict=True))
-        for name in ("before", "after", "gradients")
-    )
-    for parameter in range(parameters if kept else 0):
-        triples = (befores[parameter], afters[parameter], gradients[parameter])
-        _parameter(triples, parameter, width, chosen, previous, columns, slope, slope_after)
+    if not (width == 1 and kept and _as_vectors(kept, chosen, columns, slope, slope_after)):
+        # By parameter instead of by row.
+        befores, afters, gradients = (
+            list(zip(*(getattr(row, name) for row in kept), strict=True))
+            for name in ("before", "after", "gradients")
+        )
+        for parameter in range(parameters if kept else 0):
+            triples = (befores[parameter], afters[parameter], gradients[parameter])
+            _parameter(triples, parameter, width, chosen, previous, columns, slope, slope_after)
     for i, row in enumerate(rows):
         if row.previous is not None and previous[i] < 0:  # in the block before: by itself
             slope[i], slope_after[i] = _slopes(row.previous, row, width)
     with np.errstate(all="ignore"):
         product = np.where(slope < 0, 1 - slope_after / slope, np.nan)
     return StepNumbers(columns, product)
+
+
+def _as_vectors(
+    rows: Sequence[Row], chosen: _Chosen, columns: dict[str, Array], slope: Array, after: Array
+) -> bool:
+    """Fill in a small model's rows all at once; False, and nothing is done, where that fails."""
+    numbers = measure_vectors(rows, chosen.here, chosen.there)
+    if numbers is None:
+        return False
+    for name, values in numbers.columns.items():
+        columns[name][chosen.rows, 0] = values
+    with np.errstate(all="ignore"):
+        square = numbers.columns["gradient_norm"] ** 2
+        columns["step_rate"][chosen.rows, 0] = np.where(
+            square > 0, -numbers.descent / square, np.nan
+        )
+    slope[chosen.later, 0] += numbers.descent[chosen.there].sum(-1)
+    after[chosen.later, 0] += numbers.along_next
+    return True
 
 
 @dataclass

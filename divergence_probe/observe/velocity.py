@@ -10,6 +10,8 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, to_numpy
+from divergence_probe.observe.snapshot import MOST_TOGETHER, elements_of
+from divergence_probe.observe.step_vectors import Vectors
 from divergence_probe.record.schema import Array
 
 # What rounding leaves of an update across its gradient is below this part of it.
@@ -56,6 +58,9 @@ def _products(rows: Sequence[Row]) -> Array:
 
     ``u`` is a row's update, ``v`` that of the row preceding it, ``g`` its gradient.
     """
+    together = _together(rows)
+    if together is not None:
+        return together
     totals = np.zeros((len(rows), 6))
     for parameter in range(len(rows[0].before)):
         whole = [i for i, row in enumerate(rows) if _is_whole(row, parameter)]
@@ -71,12 +76,32 @@ def _products(rows: Sequence[Row]) -> Array:
     return totals
 
 
+def _together(rows: Sequence[Row]) -> Array | None:
+    """The same of a small model, all parameters at once; None where that cannot be done."""
+    width = elements_of(rows[0].before)
+    if not 0 < width <= MOST_TOGETHER:
+        return None
+    sets = [
+        values
+        for row in rows
+        if (preceding := row.preceding) is not None
+        for values in (row.before, row.after, preceding.before, preceding.after, row.gradients)
+    ]
+    vectors = Vectors(width, sets).stacked()
+    return _inner_products(vectors.view(len(rows), 5, width)) if vectors is not None else None
+
+
 def _sums(rows: Sequence[Row], parameter: int) -> Array:
     """One parameter's part of :func:`_products`."""
-    kinds = zip(*(_vectors(row, parameter) for row in rows), strict=True)
-    start, end, before, after, gradient = (torch.stack(kind).flatten(1) for kind in kinds)
+    vectors = [torch.stack(_vectors(row, parameter)).flatten(1) for row in rows]
+    return _inner_products(torch.stack(vectors))
+
+
+def _inner_products(vectors: Tensor) -> Array:
+    """``[R, 6]`` from ``[R, 5, n]``: before, after, those of the preceding row, the gradient."""
+    start, end, before, after, gradient = vectors.double().unbind(1)
     # [R, 3, n] x [R, n, 3]: all six inner products at once, in double precision.
-    stacked = torch.stack((end - start, after - before, gradient), dim=1).double()
+    stacked = torch.stack((end - start, after - before, gradient), dim=1)
     return to_numpy(stacked @ stacked.mT)[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
 
 

@@ -71,6 +71,7 @@ class Investigator:
 
     def before(
         self,
+        site: int,
         loss: Tensor | None,
         inputs: Inputs,
         task: Task | None = None,
@@ -81,6 +82,7 @@ class Investigator:
         """A gradient of ``loss`` with respect to ``inputs`` is about to be taken.
 
         Args:
+            site: number of the user's line.
             loss: the user's own, its graph alive.
             inputs: likewise.
             task: its task, where it is known already.
@@ -91,7 +93,7 @@ class Investigator:
         if self._off:
             return
         case = self._case
-        window = Window(self._session.sites.here(), made_by(sources or inputs), sequence_number())
+        window = Window(site, made_by(sources or inputs), sequence_number())
         window.library = library or task is not None
         self.leave()
         try:

@@ -20,6 +20,7 @@ from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.norms import norms
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.snapshot import Values, snapshot
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
@@ -152,7 +153,7 @@ class _Higher:
                 if (site := self.session.sites.here()) >= 0:
                     task.data["step_site"] = site
                 names = list(enumerate(info.name for info in task.known.layout.parameters))
-                forensics.before(loss, before, task, lambda _: names)
+                forensics.before(site, loss, before, task, lambda _: names)
             with guard.gradient_call():
                 result = original(self_, loss, params, override, read, **kwargs)
             with guard.work():
@@ -181,8 +182,8 @@ class _Higher:
         self.session.step(
             task,
             _values(task, before),
-            [tensor.detach() for tensor in after],
-            [g.detach() if g is not None else None for g in raw],
+            snapshot(after, copy=False),
+            snapshot(raw, copy=False),
             loss=loss.detach(),
             learning_rate=_learning_rate(optimizer.param_groups),
             site=task.data.get("step_site", -1),
@@ -213,14 +214,14 @@ class _Higher:
         return innerloop
 
 
-def _values(task: Task, before: list[Tensor]) -> list[Tensor]:
-    """Detached parameters before a step: what the step before made, where it is the same."""
-    if task.last is not None and len(task.fast) == len(before) == len(task.last.after):
-        made = [value for value in task.last.after if value is not None]
-        same = all(r is not None and r() is t for r, t in zip(task.fast, before, strict=True))
-        if same and len(made) == len(before):
-            return made
-    return [tensor.detach() for tensor in before]
+def _values(task: Task, before: list[Tensor]) -> Values:
+    """Parameters before a step: what the step before made, where it is the same."""
+    same = len(task.fast) == len(before) and all(
+        r is not None and r() is t for r, t in zip(task.fast, before, strict=True)
+    )
+    if same and task.last is not None:
+        return task.last.after
+    return snapshot(before, copy=False)
 
 
 def _take(session: Session, task: Task) -> Forwards:
