@@ -10,181 +10,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.guard import Guard
-from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.operations import Operation, operation_of
+from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.tensors import batched, plain
 from divergence_probe.record.schema import FLAGS
 
-if TYPE_CHECKING:
-    from divergence_probe.observe.session import Task
-
-#: Operations that use a parameter as a weight: what they take is a finished parameter.
-_WEIGHT_OPERATIONS = frozenset(
-    {
-        "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm",
-        "baddbmm", "einsum", "tensordot", "embedding", "conv1d", "conv2d", "conv3d",
-        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm", "layer_norm",
-        "group_norm", "instance_norm", "rms_norm", "multi_head_attention_forward",
-        "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "prelu",
-    }
-)  # fmt: skip
-_IN_PLACE_NAMES = frozenset(
-    {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "data.__set__"}
-)
-
-
-#: Operations whose result carries no graph.
-_DETACHING = frozenset({"detach", "detach_", "data.__get__"})
-
-#: Operations that bound a gradient element by element.
-_CLIPPING = frozenset({"clamp", "clip", "clamp_", "clip_", "hardtanh"})
-
-#: Accesses that lead from a parameter to something that is not made of its value.
-_UNRELATED = frozenset({"grad.__get__", "grad.__set__", "shape.__get__", "size", "dim"})
-
-#: Writes that replace a value whatever it was: without a gradient in them, a restore.
-_OVERWRITES = frozenset({"copy_", "data.__set__", "fill_", "zero_", "set_", "__setitem__"})
-
-
-# How often what was learned at a line must have been right to be relied on without more evidence.
-_TRUSTED = 3
-
-
-@dataclass
-class Learned:
-    """What was found out about the loop at one gradient line.
-
-    Attributes:
-        candidates: for each parameter, which of its candidates was the updated one.
-        writes: for each parameter, how many in-place writes complete its update.
-        steps: steps the last task took, where two in a row agreed; None unknown.
-        previous_steps: steps of the task before.
-        optimizer: parameters of the optimizer that takes the step, so that there is nothing to
-            follow; None where none does.
-        functional: whether updates make new tensors.
-    piecewise: whether each parameter's gradient is a call by itself.
-        confirmed: how often what was learned turned out right.
-    """
-
-    candidates: list[int] | None = None
-    writes: list[int] | None = None
-    steps: int | None = None
-    previous_steps: int | None = None
-    optimizer: list[weakref.ref[Tensor]] | None = None
-    functional: bool | None = None
-    piecewise: bool = False
-    confirmed: int = 0
-
-    def task_took(self, steps: int) -> None:
-        """Note a finished task's length; it is trusted once two in a row agree."""
-        self.steps = steps if steps == self.previous_steps else None
-        self.previous_steps = steps
-
-
-@dataclass(slots=True)
-class Candidate:
-    """What may be a parameter's updated tensor: the user's, weakly, and its value.
-
-    ``cut`` where the gradient in it was detached: then it is first order whatever the graph was.
-    """
-
-    tensor: weakref.ref[Tensor]
-    value: Tensor
-    cut: bool = False
-
-
-@dataclass(slots=True)
-class Pending:
-    """A gradient that was taken and whose update, if one follows, is not complete yet.
-
-    Tensors of the user's are held weakly: a pending gradient must not keep a graph alive.
-    ``before`` and ``gradients`` are detached (or cloned where the user may overwrite them).
-
-    Attributes:
-        site: number of the line the gradient was taken at.
-        function: ``"grad"``, ``"backward"`` or ``"func"``.
-        inputs: what the gradient was taken of.
-        before: their values.
-        gradients: the gradients, None where there is none.
-        loss: value of the loss.
-        loss_of: the loss itself.
-        forwards: what ran forward for it.
-        learned: what is known of this line.
-        flags: ``schema.FLAGS``.
-        candidates: for each input, what may be its updated tensor, in order.
-        writes: for each input, in-place updates seen.
-        used: for each input, the candidate that was first used as a weight.
-        written: values after the last in-place update.
-    versions: the parameters' own counts of in-place changes at that time.
-        escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
-        followed: whether the function mode was on for it.
-        width: tasks batched by vmap.
-        carried: leaves with the ``.grad`` that was there before a backward.
-        task: the task it goes on with, where it was taken of that task's fast weights.
-        named: otherwise, the model its inputs belong to and their positions in it.
-    of_base: whether its inputs are the base of earlier tasks.
-    origins: what its inputs were deep-copied from, where they all were.
-    """
-
-    site: int
-    function: str
-    inputs: list[weakref.ref[Tensor]]
-    before: Sequence[Tensor]
-    gradients: Sequence[Tensor | None]
-    loss: Number
-    loss_of: weakref.ref[Tensor] | None
-    forwards: Forwards
-    learned: Learned
-    flags: int = 0
-    candidates: list[list[Candidate]] = field(default_factory=list)
-    writes: list[int] = field(default_factory=list)
-    used: dict[int, int] = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
-    versions: dict[int, int] = field(default_factory=dict)
-    escaped: bool = False
-    followed: bool = False
-    width: int = 1
-    carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
-    task: Task | None = None
-    named: tuple[KnownModel, list[int]] | None = None
-    of_base: bool = False
-    origins: list[weakref.ref[Tensor]] | None = None
-
-    def expect_evidence(self) -> None:
-        """Make room for what is seen of each input; empty as long as nothing is followed."""
-        missing = len(self.inputs) - len(self.candidates)
-        self.candidates += [[] for _ in range(missing)]
-        self.writes += [0] * missing
-
-    @property
-    def updated(self) -> bool:
-        """Whether anything looks like an update so far."""
-        return any(self.writes) or any(self.candidates)
-
-    @property
-    def stands(self) -> bool:
-        """Whether nothing was written into the parameters since their update."""
-        tensors = [reference() for reference in self.inputs]
-        return bool(self.versions) and all(
-            tensor is None or tensor._version == self.versions.get(index)
-            for index, tensor in enumerate(tensors)
-        )
-
-    def is_input(self, tensor: Tensor) -> int | None:
-        """Which input ``tensor`` is, by identity."""
-        for index, reference in enumerate(self.inputs):
-            if reference() is tensor:
-                return index
-        return None
+_NOTHING: frozenset[int] = frozenset()
 
 
 class Follower(TorchFunctionMode):
@@ -252,71 +91,70 @@ class Follower(TorchFunctionMode):
         pending = self._pending
         if pending is None or torch.compiler.is_compiling() or not self._guard.watching:
             return result
-        if self._guard.state.gradient or not self._concerns(func, args, kwargs):
+        if self._guard.state.gradient:
+            return result
+        operation = operation_of(func)
+        if operation.unrelated or not self._concerns(operation, args, kwargs):
             return result
         with self._guard.work():
-            self._look(pending, func, args, kwargs or {}, result)
-            if _is_complete(pending):
+            self._look(pending, operation, args, kwargs or {}, result)
+            if pending.complete:
                 self._forget()
         return result
 
-    def _concerns(self, func: Any, args: Any, kwargs: Any) -> bool:
+    def _concerns(self, operation: Operation, args: Any, kwargs: Any) -> bool:
         """Whether an operation can matter: most of a forward's neither take nor write our own."""
         tags = self._tags
         for arg in args:
             if id(arg) in tags or type(arg) in (list, tuple):
                 return True
-        return bool(kwargs) or _is_in_place(_name(func), {})
+        return bool(kwargs) or operation.in_place
 
-    def _look(self, pending: Pending, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = _name(func)
-        if name in _UNRELATED:
+    def _look(
+        self, pending: Pending, operation: Operation, args: Any, kwargs: Any, result: Any
+    ) -> None:
+        if operation.foreach:
+            self._foreach(pending, operation, args, result)
             return
-        if name.startswith("_foreach"):
-            self._foreach(pending, name, args, result)
-            return
-        parameters: frozenset[int] = frozenset()
-        gradients: frozenset[int] = frozenset()
+        parameters = gradients = _NOTHING
         # What is overwritten does not matter to the value that comes out, only what it is made of.
-        sources = args[1:] if name in _OVERWRITES else args
-        cut = name in _DETACHING or not self._guard.differentiable
+        sources = args[1:] if operation.overwrites else args
+        cut = operation.detaches or not self._guard.differentiable
         for tensor in _tensors(sources, kwargs):
             tag = self._tags.get(id(tensor))
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
                 cut |= bool(tag[2]) and id(tensor) in self._cut
-                if name in _WEIGHT_OPERATIONS:
+                if operation.uses_weights:
                     self._used(pending, tensor)
-        if _is_in_place(name, kwargs) and args and isinstance(args[0], Tensor):
-            self._written(pending, args[0], name, parameters, gradients)
-        if not (parameters or gradients) or name in _WEIGHT_OPERATIONS:
+        if operation.in_place and args and isinstance(args[0], Tensor):
+            self._written(pending, args[0], operation, parameters, gradients)
+        if not (parameters or gradients) or operation.uses_weights:
             return  # what comes out of a weight operation is an activation, not a parameter
-        if gradients and not parameters and name in _CLIPPING and isinstance(args[0], Tensor):
-            active = name.endswith("_") or not torch.equal(plain(result), plain(args[0]))
+        if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
+            active = operation.in_place or not torch.equal(plain(result), plain(args[0]))
             pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
-        if gradients and name in ("numpy", "tolist", "__array__"):
+        if gradients and operation.escapes:
             pending.escaped = True
         for tensor in _results(result):
             if cut and gradients:
                 self._cut.add(id(tensor))
             self._made(pending, tensor, parameters, gradients)
 
-    def _foreach(self, pending: Pending, name: str, args: Any, result: Any) -> None:
+    def _foreach(self, pending: Pending, operation: Operation, args: Any, result: Any) -> None:
         lists = [arg for arg in args if isinstance(arg, list | tuple)]
         if not lists:
             return
-        in_place = name.endswith("_")
         made = result if isinstance(result, list | tuple) else ()
         for position, first in enumerate(lists[0]):
-            parameters: frozenset[int] = frozenset()
-            gradients: frozenset[int] = frozenset()
+            parameters = gradients = _NOTHING
             for members in lists:
                 tensor = members[position] if position < len(members) else None
                 tag = self._tags.get(id(tensor))
                 if tag is not None and tag[0]() is tensor:
                     parameters, gradients = parameters | tag[1], gradients | tag[2]
-            if in_place and isinstance(first, Tensor):
-                self._written(pending, first, name, parameters, gradients)
+            if operation.in_place and isinstance(first, Tensor):
+                self._written(pending, first, operation, parameters, gradients)
             elif position < len(made) and isinstance(made[position], Tensor):
                 self._made(pending, made[position], parameters, gradients)
 
@@ -324,15 +162,15 @@ class Follower(TorchFunctionMode):
         self,
         pending: Pending,
         target: Tensor,
-        name: str,
+        operation: Operation,
         parameters: frozenset[int],
         gradients: frozenset[int],
     ) -> None:
         """``target`` was overwritten: an update if its memory is a parameter's."""
-        index = pending.is_input(target) if name == "data.__set__" else None
+        index = pending.is_input(target) if operation.name == "data.__set__" else None
         if index is None:
             index = self._parameter_at(pending, target)
-        if index is not None and self._updates(pending, index, name, gradients):
+        if index is not None and self._updates(pending, index, operation, gradients):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
             pending.written[index] = batched(target, pending.width).detach().clone()
@@ -353,9 +191,11 @@ class Follower(TorchFunctionMode):
                 return index
         return None
 
-    def _updates(self, pending: Pending, index: int, name: str, gradients: frozenset[int]) -> bool:
+    def _updates(
+        self, pending: Pending, index: int, operation: Operation, gradients: frozenset[int]
+    ) -> bool:
         """Whether a write is (part of) the update, and not a restore of older values."""
-        if name in _OVERWRITES and pending.writes[index]:
+        if operation.overwrites and pending.writes[index]:
             return False  # the update is complete: this restores or moves the weights
         if gradients or pending.escaped:
             return True
@@ -374,10 +214,9 @@ class Follower(TorchFunctionMode):
         if self._parameter_at(pending, tensor) is not None:
             return  # a view or an alias of the parameter itself
         for index in parameters & gradients:
-            before = pending.before[index]
+            shape = shapes_of(pending.before)[index] or torch.Size()
             known = pending.candidates[index]
-            same = tensor.shape == (before.shape if pending.width == 1 else before.shape[1:])
-            same |= tensor.shape == before.shape
+            same = tensor.shape == shape or (pending.width > 1 and tensor.shape == shape[1:])
             if same and not any(candidate.tensor() is tensor for candidate in known):
                 value = batched(tensor, pending.width).detach()
                 known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
@@ -393,35 +232,6 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
-
-
-def _is_complete(pending: Pending) -> bool:
-    """Whether every candidate that was right the last times at this line has been made."""
-    learned = pending.learned
-    if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:
-        return False
-    if len(learned.candidates) != len(pending.candidates) or any(pending.writes):
-        return False
-    return all(
-        len(candidates) > expected or shape is None
-        for candidates, expected, shape in zip(
-            pending.candidates, learned.candidates, shapes_of(pending.gradients), strict=True
-        )
-    )
-
-
-def _name(func: Any) -> str:
-    """Name of an operation; property accesses say which property (``grad.__set__``)."""
-    name: str = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):
-        name = f"{getattr(func.__self__, '__name__', '')}.{name}"
-    return name
-
-
-def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
-    if name in _IN_PLACE_NAMES:
-        return True
-    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:

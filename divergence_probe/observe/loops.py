@@ -18,12 +18,13 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.capture import Forwards
-from divergence_probe.observe.following import Follower, Learned, Pending
+from divergence_probe.observe.following import Follower
 from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
+from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.snapshot import Snapshot, kept, snapshot
+from divergence_probe.observe.snapshot import Snapshot, Values, kept, snapshot
 from divergence_probe.observe.tensors import base_of, batched, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
@@ -160,7 +161,7 @@ class Loops:
             function=function,
             inputs=[weakref.ref(tensor) for tensor in inputs],
             before=self._values(inputs, width, wrapped, copy, goes_on),
-            gradients=snapshot(_plain(gradients, width) if wrapped else gradients, copy),
+            gradients=_unbatched(gradients, width, copy) if wrapped else snapshot(gradients, copy),
             loss=physical(loss)[0].detach() if loss is not None and scalar else None,
             loss_of=weakref.ref(loss) if loss is not None else None,
             forwards=forwards,
@@ -182,7 +183,7 @@ class Loops:
                 return values  # what the last update made: detached already
         # A leaf may be the base, which an outer step overwrites before it is measured.
         copy = copy or any(tensor.is_leaf for tensor in inputs)
-        values = snapshot(_plain(inputs, width) if wrapped else inputs, copy)
+        values = _unbatched(inputs, width, copy) if wrapped else snapshot(inputs, copy)
         assert _are_whole(values)
         return values
 
@@ -556,8 +557,9 @@ class Loops:
             self._thread.follower.stop()
 
 
-def _plain(tensors: Sequence[Tensor | None], width: int) -> Sequence[Tensor | None]:
-    return [batched(tensor, width) if tensor is not None else None for tensor in tensors]
+def _unbatched(tensors: Values, width: int, copy: bool) -> Values:
+    """The same out of a transform, where memory is what tells one step's result from another's."""
+    return [kept(batched(t, width), copy) if t is not None else None for t in tensors]
 
 
 def _same_values(left: Tensor | None, right: Tensor) -> bool:

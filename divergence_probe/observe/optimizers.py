@@ -19,11 +19,11 @@ from torch.optim.optimizer import (
 )
 
 from divergence_probe.observe.capture import Forwards
-from divergence_probe.observe.following import Pending
 from divergence_probe.observe.loops import Loops, spread
 from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.observe.snapshot import Values, snapshot
 

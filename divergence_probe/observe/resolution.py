@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
-from divergence_probe.observe.following import Pending
 from divergence_probe.observe.models import Models
+from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import Snapshot, is_empty, shapes_of, snapshot
 from divergence_probe.observe.tensors import base_of, batched, physical
 from divergence_probe.record.schema import FLAGS
@@ -59,11 +59,12 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     certain = True
     right: list[int] = []
     found = False
+    with_gradient = [shape is not None for shape in shapes_of(pending.gradients)]
     for index in range(len(pending.inputs)):
         choice = _choose(pending, index, following, continues)
         certain &= choice.certain
         right.append(choice.position)
-        found |= choice.value is not None and pending.gradients[index] is not None
+        found |= choice.value is not None and with_gradient[index]
         tensors.append(choice.tensor)
         values.append(choice.value)
     if not found:
@@ -71,7 +72,7 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     if _cut(pending, right):
         pending.flags &= ~FLAGS["second_order"]
     _learn(pending, right, certain)
-    return Update(tensors, snapshot(values, copy=False), certain)
+    return Update(tensors, snapshot(values, copy=False) if pending.width == 1 else values, certain)
 
 
 def _unfollowed(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:
@@ -80,12 +81,9 @@ def _unfollowed(pending: Pending, following: Sequence[Tensor], models: Models) -
         return None
     pending.learned.functional = True
     pending.learned.confirmed += 1
-    plain = (
-        following
-        if pending.width == 1 and not any(map(is_wrapped, following))
-        else [batched(tensor, pending.width) for tensor in following]
-    )
-    return Update(list(following), snapshot(plain, copy=False))
+    if pending.width == 1 and not any(map(is_wrapped, following)):
+        return Update(list(following), snapshot(following, copy=False))
+    return Update(list(following), [batched(t, pending.width).detach() for t in following])
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:

@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall, Number, Row
-from divergence_probe.observe.following import Learned
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models, is_compiled
+from divergence_probe.observe.pending import Learned
 from divergence_probe.observe.retention import Retention
+from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.statistics import build_block
 from divergence_probe.record.schema import (
     FLAGS,
@@ -343,7 +344,7 @@ class Session:
         missing = [
             info.name
             for info, gradient, parameter in zip(
-                known.layout.parameters, gradients, before, strict=True
+                known.layout.parameters, shapes_of(gradients), shapes_of(before), strict=True
             )
             if gradient is None and parameter is not None
         ]
@@ -561,7 +562,7 @@ def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool
 def _alarming(loss: Number) -> bool:
     """Whether a loss is visibly non-finite, looked at only where that needs no GPU sync."""
     if isinstance(loss, Tensor):
-        if loss.device.type != "cpu" or loss.numel() != 1:
+        if not loss.is_cpu or loss.numel() != 1:
             return False
         loss = loss.item()
     return loss is not None and not math.isfinite(loss)

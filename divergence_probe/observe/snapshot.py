@@ -70,6 +70,8 @@ def snapshot(tensors: Values, copy: bool) -> Values:
         if 0 < elements <= MOST_TOGETHER:
             try:
                 vector = _flatten(tensors)  # type: ignore[arg-type]
+                if len(tensors) == 1:
+                    vector = vector.clone()  # a single one is not copied
                 return Snapshot(vector, [tensor.shape for tensor in tensors])  # type: ignore[union-attr]
             except (RuntimeError, TypeError):
                 pass  # sparse, or not a tuple or list

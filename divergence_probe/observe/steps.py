@@ -17,6 +17,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, measurable, norms, to_numpy
+from divergence_probe.observe.snapshot import Snapshot, shapes_of
 from divergence_probe.observe.step_vectors import measure_vectors
 from divergence_probe.record.schema import MISSING, PARAMETER_COLUMNS, Array
 
@@ -40,7 +41,8 @@ class StepNumbers:
 
 def measured_at_once(rows: Sequence[Row]) -> int:
     """How many of ``rows`` to measure in one go: what is stacked should stay in the caches."""
-    sizes = [t.numel() for row in rows[:2] for t in row.before if t is not None]
+    shapes = [shape for row in rows[:2] for shape in shapes_of(row.before)]
+    sizes = [shape.numel() for shape in shapes if shape is not None]
     largest = max((size for size in sizes if size <= STACKED_ELEMENTS), default=1)
     return max(_STACKED_AT_ONCE // max(largest, 1), _LEAST_AT_ONCE)
 
@@ -269,6 +271,11 @@ def _each(
 
 def _slopes(previous: Row, row: Row, width: int) -> tuple[Array, Array]:
     """``g.u`` and ``h.u`` over all parameters, for a pair of rows in different blocks."""
+    sets = (previous.before, previous.after, previous.gradients, row.gradients)
+    if width == 1 and all(isinstance(values, Snapshot) for values in sets):
+        start, end, old, new = (values.vector for values in sets if isinstance(values, Snapshot))
+        if len(start) == len(end) == len(old) == len(new):
+            return _dot(end - start, old, 1), _dot(end - start, new, 1)
     before, after = np.zeros(width), np.zeros(width)
     for was, now, g, h in zip(
         previous.before, previous.after, previous.gradients, row.gradients, strict=True

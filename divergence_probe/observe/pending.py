@@ -1,0 +1,163 @@
+"""A gradient that was taken, what its update may turn out to be, and what its line has taught."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from divergence_probe.observe.capture import Forwards, Number
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.snapshot import shapes_of
+
+if TYPE_CHECKING:
+    from divergence_probe.observe.session import Task
+
+# How often what was learned at a line must have been right to be relied on without more evidence.
+_TRUSTED = 3
+
+
+@dataclass
+class Learned:
+    """What was found out about the loop at one gradient line.
+
+    Attributes:
+        candidates: for each parameter, which of its candidates was the updated one.
+        writes: for each parameter, how many in-place writes complete its update.
+        steps: steps the last task took, where two in a row agreed; None unknown.
+        previous_steps: steps of the task before.
+        optimizer: parameters of the optimizer that takes the step, so that there is nothing to
+            follow; None where none does.
+        functional: whether updates make new tensors.
+        piecewise: whether each parameter's gradient is a call by itself.
+        confirmed: how often what was learned turned out right.
+    """
+
+    candidates: list[int] | None = None
+    writes: list[int] | None = None
+    steps: int | None = None
+    previous_steps: int | None = None
+    optimizer: list[weakref.ref[Tensor]] | None = None
+    functional: bool | None = None
+    piecewise: bool = False
+    confirmed: int = 0
+
+    def task_took(self, steps: int) -> None:
+        """Note a finished task's length; it is trusted once two in a row agree."""
+        self.steps = steps if steps == self.previous_steps else None
+        self.previous_steps = steps
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What may be a parameter's updated tensor: the user's, weakly, and its value.
+
+    ``cut`` where the gradient in it was detached: then it is first order whatever the graph was.
+    """
+
+    tensor: weakref.ref[Tensor]
+    value: Tensor
+    cut: bool = False
+
+
+@dataclass(slots=True)
+class Pending:
+    """A gradient that was taken and whose update, if one follows, is not complete yet.
+
+    Tensors of the user's are held weakly: a pending gradient must not keep a graph alive.
+    ``before`` and ``gradients`` are detached (or cloned where the user may overwrite them).
+
+    Attributes:
+        site: number of the line the gradient was taken at.
+        function: ``"grad"``, ``"backward"`` or ``"func"``.
+        inputs: what the gradient was taken of.
+        before: their values.
+        gradients: the gradients, None where there is none.
+        loss: value of the loss.
+        loss_of: the loss itself.
+        forwards: what ran forward for it.
+        learned: what is known of this line.
+        flags: ``schema.FLAGS``.
+        candidates: for each input, what may be its updated tensor, in order.
+        writes: for each input, in-place updates seen.
+        used: for each input, the candidate that was first used as a weight.
+        written: values after the last in-place update.
+        versions: the parameters' own counts of in-place changes at that time.
+        escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
+        followed: whether the function mode was on for it.
+        width: tasks batched by vmap.
+        carried: leaves with the ``.grad`` that was there before a backward.
+        task: the task it goes on with, where it was taken of that task's fast weights.
+        named: otherwise, the model its inputs belong to and their positions in it.
+        of_base: whether its inputs are the base of earlier tasks.
+        origins: what its inputs were deep-copied from, where they all were.
+    """
+
+    site: int
+    function: str
+    inputs: list[weakref.ref[Tensor]]
+    before: Sequence[Tensor]
+    gradients: Sequence[Tensor | None]
+    loss: Number
+    loss_of: weakref.ref[Tensor] | None
+    forwards: Forwards
+    learned: Learned
+    flags: int = 0
+    candidates: list[list[Candidate]] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    used: dict[int, int] = field(default_factory=dict)
+    written: dict[int, Tensor] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
+    escaped: bool = False
+    followed: bool = False
+    width: int = 1
+    carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
+    task: Task | None = None
+    named: tuple[KnownModel, list[int]] | None = None
+    of_base: bool = False
+    origins: list[weakref.ref[Tensor]] | None = None
+
+    def expect_evidence(self) -> None:
+        """Make room for what is seen of each input; empty as long as nothing is followed."""
+        missing = len(self.inputs) - len(self.candidates)
+        self.candidates += [[] for _ in range(missing)]
+        self.writes += [0] * missing
+
+    @property
+    def updated(self) -> bool:
+        """Whether anything looks like an update so far."""
+        return any(self.writes) or any(self.candidates)
+
+    @property
+    def stands(self) -> bool:
+        """Whether nothing was written into the parameters since their update."""
+        tensors = [reference() for reference in self.inputs]
+        return bool(self.versions) and all(
+            tensor is None or tensor._version == self.versions.get(index)
+            for index, tensor in enumerate(tensors)
+        )
+
+    def is_input(self, tensor: Tensor) -> int | None:
+        """Which input ``tensor`` is, by identity."""
+        for index, reference in enumerate(self.inputs):
+            if reference() is tensor:
+                return index
+        return None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every candidate that was right the last times at this line has been made."""
+        learned = self.learned
+        if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:
+            return False
+        if len(learned.candidates) != len(self.candidates) or any(self.writes):
+            return False
+        return all(
+            len(candidates) > expected or shape is None
+            for candidates, expected, shape in zip(
+                self.candidates, learned.candidates, shapes_of(self.gradients), strict=True
+            )
+        )
