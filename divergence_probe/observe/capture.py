@@ -91,6 +91,10 @@ class Forwards:
     def __bool__(self) -> bool:
         return bool(self.normalizations or self.dropouts or self.losses)
 
+    def measurable(self) -> Forwards:
+        """What a row has to keep: the losses are known by value."""
+        return self if self.normalizations or self.dropouts else NO_FORWARDS
+
     @property
     def loss(self) -> Tensor | None:
         """The last loss computed, or None."""
@@ -162,6 +166,10 @@ def _is_foreign(call: NormalizationCall, foreign: Callable[[Tensor], bool]) -> b
         return False
     weight = call.weight()
     return weight is None or foreign(weight)
+
+
+#: Where a row needs to keep nothing of what ran forward; shared, so never added to.
+NO_FORWARDS = Forwards()
 
 
 @dataclass(slots=True)

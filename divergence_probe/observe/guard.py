@@ -58,6 +58,8 @@ class Guard:
         self.failure: str | None = None
         self.spent = 0.0
         self.state = ThreadState()
+        self._inside = _Nested(self.state, "inside")
+        self._gradient_call = _Nested(self.state, "gradient")
         _GUARDS.add(self)
 
     @property
@@ -77,11 +79,11 @@ class Guard:
 
     def inside(self) -> _Nested:
         """Inside a call that is already observed as a whole; what it calls is not looked at."""
-        return _Nested(self.state, "inside")
+        return self._inside
 
     def gradient_call(self) -> _Nested:
         """Inside a gradient call: a forward that runs here is a recomputation (checkpointing)."""
-        return _Nested(self.state, "gradient")
+        return self._gradient_call
 
     def fail(self, error: Exception) -> None:
         """Switch off after ``error``, with one warning that says what to do."""
@@ -100,7 +102,7 @@ class Guard:
 
 
 class _Nested:
-    """Counts one more level of a thread's nesting while it is entered."""
+    """Counts one more level of a thread's nesting each time it is entered; holds no state."""
 
     __slots__ = ("_name", "_state")
 

@@ -22,6 +22,12 @@ from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.loops import Loops, spread
 from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
+from divergence_probe.observe.optimizer_facts import (
+    Carried,
+    OptimizerFacts,
+    learning_rate_of,
+    state_values,
+)
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session, Task
@@ -43,23 +49,6 @@ def watching(session: Session) -> Optimizers:
     return _WATCHES[session]
 
 
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """What is said of an optimizer at a step.
-
-    Attributes:
-        name: its class.
-        learning_rate: the largest over its parameter groups, None unknown.
-        carried_steps: the largest step count in its state; above 0 it was used before.
-        carries_state: whether any moment or momentum buffer exists already.
-    """
-
-    name: str
-    learning_rate: float | Tensor | None
-    carried_steps: float
-    carries_state: bool
-
-
 @dataclass
 class _Step:
     """An optimizer step in progress."""
@@ -75,6 +64,7 @@ class _Step:
     positions: list[int]
     outer: bool
     base: KnownModel | None
+    carried: Carried
 
 
 class _Thread(threading.local):
@@ -190,6 +180,7 @@ class Optimizers:
             positions,
             outer,
             base,
+            facts.carried() if not outer else Carried(),
         )
 
     def _check_base_weights(self, parameters: list[Tensor]) -> None:
@@ -300,8 +291,8 @@ class Optimizers:
             provisional=not confirmed,
             optimizer=step.facts.name,
             in_place=True,
-            carried_steps=step.facts.carried_steps,
-            carried_state=step.facts.carries_state,
+            carried_steps=step.carried.steps,
+            carried_state=step.carried.state,
             copied=base is not None,
         )
         task.positions, task.in_place = step.positions, True
@@ -385,17 +376,9 @@ class Optimizers:
 
 
 def _facts(optimizer: Optimizer) -> OptimizerFacts:
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    steps = (s["step"] for s in optimizer.state.values() if "step" in s)
+    rate = learning_rate_of(optimizer.param_groups)
     return OptimizerFacts(
-        type(optimizer).__name__,
-        max((float(rate) for rate in rates), default=None),
-        max((float(step) for step in steps), default=0.0),
-        any(
-            isinstance(value, Tensor) and value.numel() > 1
-            for state in optimizer.state.values()
-            for value in state.values()
-        ),
+        type(optimizer).__name__, rate, lambda: Carried.of(state_values(optimizer.state))
     )
 
 

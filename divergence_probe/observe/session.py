@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from divergence_probe.observe.callsite import CallSites
-from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall, Number, Row
+from divergence_probe.observe.capture import (
+    NO_FORWARDS,
+    DropoutCall,
+    Forwards,
+    NormalizationCall,
+    Number,
+    Row,
+)
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models, is_compiled
 from divergence_probe.observe.pending import Learned
@@ -44,8 +51,8 @@ from divergence_probe.record.schema import (
 
 _ROWS_PER_BLOCK = 256
 _BYTES_PER_BLOCK = 32 * 2**20
-# Rows whose tensors are kept: more would leave the caches, and make Python's collector work.
-_ROWS_AT_ONCE = 32
+# Rows whose tensors are kept: fewer would be measured with as many calls, more leave the caches.
+_ROWS_AT_ONCE = 128
 _SECONDS_PER_BLOCK = 1.0
 _ROWS_HELD = 32
 
@@ -272,7 +279,7 @@ class Session:
             before,
             after,
             gradients,
-            forwards,
+            forwards.measurable(),
             loss,
             learning_rate,
             flags,
@@ -304,7 +311,7 @@ class Session:
             nothing,
             nothing,
             nothing,
-            forwards,
+            forwards.measurable(),
             loss if loss is not None else forwards.loss,
             None,
             flags,
@@ -335,7 +342,7 @@ class Session:
             before,
             after,
             gradients,
-            Forwards(),
+            NO_FORWARDS,
             None,
             learning_rate,
             self._clipping(),

@@ -19,6 +19,9 @@ _flatten = torch._C._nn.flatten_dense_tensors
 
 Values = Sequence[Tensor | None]
 
+# Shapes met, so that the many snapshots of one model share them: one object less to collect.
+_SHAPES: dict[tuple[torch.Size, ...], tuple[torch.Size, ...]] = {}
+
 
 class Snapshot(Sequence[Tensor]):
     """A copy of several tensors in one vector; as a sequence, views of their shapes.
@@ -30,7 +33,7 @@ class Snapshot(Sequence[Tensor]):
 
     __slots__ = ("_parts", "shapes", "vector")
 
-    def __init__(self, vector: Tensor, shapes: list[torch.Size]) -> None:
+    def __init__(self, vector: Tensor, shapes: tuple[torch.Size, ...]) -> None:
         self.vector = vector
         self.shapes = shapes
         self._parts: list[Tensor] | None = None
@@ -72,7 +75,8 @@ def snapshot(tensors: Values, copy: bool) -> Values:
                 vector = _flatten(tensors)  # type: ignore[arg-type]
                 if len(tensors) == 1:
                     vector = vector.clone()  # a single one is not copied
-                return Snapshot(vector, [tensor.shape for tensor in tensors])  # type: ignore[union-attr]
+                shapes = tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
+                return Snapshot(vector, _SHAPES.setdefault(shapes, shapes))
             except (RuntimeError, TypeError):
                 pass  # sparse, or not a tuple or list
     return [kept(tensor, copy) if tensor is not None else None for tensor in tensors]
@@ -83,10 +87,10 @@ def kept(tensor: Tensor, copy: bool) -> Tensor:
     return tensor.detach().clone() if copy else tensor.detach()
 
 
-def shapes_of(values: Values) -> list[torch.Size | None]:
+def shapes_of(values: Values) -> Sequence[torch.Size | None]:
     """The shape of each; None where there is none."""
     if isinstance(values, Snapshot):
-        return list(values.shapes)
+        return values.shapes
     return [value.shape if value is not None else None for value in values]
 
 

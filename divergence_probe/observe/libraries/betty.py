@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.gradients import Taken, library_step
 from divergence_probe.observe.models import KnownModel, fast_module_names
+from divergence_probe.observe.optimizer_facts import learning_rate_of
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.record.schema import FLAGS
@@ -180,7 +181,8 @@ class _Problems:
             )
             return
         gradients = descent.gradients or [None] * len(after)
-        site, rate = session.sites.here(), _learning_rate(problem)
+        groups = getattr(problem.optimizer, "param_groups", ())
+        site, rate = session.sites.here(), learning_rate_of(groups)
         for child in problem._children:
             self._end(child)
         if task is None:
@@ -254,8 +256,3 @@ def _flags(problem: Any, descent: _Descent) -> int:
 
 def _optimizer(problem: Any) -> str:
     return type(problem.optimizer).__name__ if problem.optimizer is not None else ""
-
-
-def _learning_rate(problem: Any) -> float | None:
-    groups = getattr(problem.optimizer, "param_groups", [])
-    return max((float(group["lr"]) for group in groups if "lr" in group), default=None)

@@ -18,6 +18,7 @@ from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.norms import norms
+from divergence_probe.observe.optimizer_facts import Carried, learning_rate_of, state_values
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.observe.snapshot import Values, snapshot
@@ -100,6 +101,7 @@ class _Higher:
             found = session.models.find(tensors[0]) if tensors else None
             known = found[0] if found else session.models.discover(tensors)
             known = known or session.models.nameless(tensors, [""] * len(tensors))
+        carried = Carried.of(state_values(other.state))
         task = session.start_task(
             known,
             "higher",
@@ -108,8 +110,8 @@ class _Higher:
             optimizer=type(other).__name__,
             track_higher_grads=bool(optimizer._track_higher_grads),
             copy_initial_weights=copied,
-            carried_steps=_carried_steps(other),
-            carried_state=_carries_state(other),
+            carried_steps=carried.steps,
+            carried_state=carried.state,
             compiled=bool(
                 fast is not None
                 and "_compiled_call_impl" in fast.__dict__
@@ -185,7 +187,7 @@ class _Higher:
             snapshot(after, copy=False),
             snapshot(raw, copy=False),
             loss=loss.detach(),
-            learning_rate=_learning_rate(optimizer.param_groups),
+            learning_rate=learning_rate_of(optimizer.param_groups),
             site=task.data.get("step_site", -1),
             forwards=forwards,
             flags=flags,
@@ -242,26 +244,3 @@ def _shrunk(raw: Any, applied: Any) -> bool:
         for gradients in (raw, applied)
     )
     return after < 0.998 * before
-
-
-def _learning_rate(groups: list[dict[str, Any]]) -> Any:
-    rates = [group["lr"] for group in groups if "lr" in group]
-    if not rates:
-        return None
-    if any(isinstance(rate, Tensor) for rate in rates):
-        return rates[0].detach() if isinstance(rates[0], Tensor) else rates[0]
-    return max(rates)
-
-
-def _carried_steps(optimizer: Any) -> float:
-    """The largest step count in an optimizer's state: above 0 it was used before."""
-    steps = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
-    return max(steps, default=0.0)
-
-
-def _carries_state(optimizer: Any) -> bool:
-    return any(
-        isinstance(value, Tensor) and value.numel() > 1 and bool((value != 0).any())
-        for state in optimizer.state.values()
-        for value in state.values()
-    )

@@ -9,7 +9,7 @@ The functional optimizers (``torchopt.sgd`` with ``apply_updates``) are seen as 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.gradients import Taken, library_step
 from divergence_probe.observe.models import KnownModel, fast_module_names
-from divergence_probe.observe.optimizers import OptimizerFacts, watching
+from divergence_probe.observe.optimizer_facts import Carried, OptimizerFacts
+from divergence_probe.observe.optimizers import watching
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.record.schema import FLAGS
@@ -161,16 +162,16 @@ class _MetaOptimizers:
             # It is over, and the forward for this step was the first thing after it.
             forwards.extend(other.forwards.split_for(loss, _none))
             session.finish_task(other)
-        facts = _facts(optimizer)
+        carried = Carried.of(_state(optimizer))
         task = session.start_task(
             net.known,
             "torchopt",
             session.sites.here(),
             base=net.known,
-            optimizer=facts.name,
+            optimizer=type(optimizer).__name__,
             track_higher_grads=True,
-            carried_steps=facts.carried_steps,
-            carried_state=facts.carries_state,
+            carried_steps=carried.steps,
+            carried_state=carried.state,
             base_training=bool(module.training) if module is not None else None,
         )
         if module is not None:
@@ -256,8 +257,7 @@ def _facts(optimizer: Any) -> OptimizerFacts:
     return OptimizerFacts(
         type(optimizer).__name__,
         learning_rate(optimizer.impl.update),
-        _carried_steps(optimizer.state_groups),
-        _carries_state(optimizer.state_groups),
+        lambda: Carried.of(_state(optimizer)),
     )
 
 
@@ -297,19 +297,8 @@ def _versions(tensors: list[Tensor | None]) -> list[int]:
     return [tensor._version if tensor is not None else -1 for tensor in tensors]
 
 
-def _carried_steps(state: Any) -> float:
-    """The largest step count in an optimizer's state: above 0 it was used before."""
-    counts = [
-        float(leaf)
-        for leaf in tree_leaves(state)
-        if (isinstance(leaf, int) and not isinstance(leaf, bool))
-        or (isinstance(leaf, Tensor) and leaf.numel() == 1 and not leaf.is_floating_point())
-    ]
-    return max(counts, default=0.0)
-
-
-def _carries_state(state: Any) -> bool:
-    return any(
-        isinstance(leaf, Tensor) and leaf.numel() > 1 and bool((leaf != 0).any())
-        for leaf in tree_leaves(state)
-    )
+def _state(optimizer: Any) -> Iterator[object]:
+    """Counts and moments of its state; a scalar parameter's moment is not a count."""
+    for leaf in tree_leaves(optimizer.state_groups):
+        if not isinstance(leaf, Tensor) or leaf.numel() > 1 or not leaf.is_floating_point():
+            yield leaf
