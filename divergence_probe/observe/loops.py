@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
@@ -25,7 +24,7 @@ from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.observe.snapshot import Snapshot, Values, kept, snapshot
-from divergence_probe.observe.tensors import base_of, batched, leaves, physical
+from divergence_probe.observe.tensors import base_of, batched, leaves, physical, was_left_alone
 from divergence_probe.record.schema import FLAGS
 
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
@@ -345,6 +344,7 @@ class Loops:
         task.fast = [None] * width
         for reference, position in zip(task.inputs, positions, strict=True):
             task.fast[position] = reference
+        task.versions = {positions[i]: version for i, version in pending.versions.items()}
 
     def _reorder(self, task: Task, pending: Pending) -> None:
         """Bring a task's positions into the order this gradient was taken in, which may differ.
@@ -388,11 +388,14 @@ class Loops:
             return False
         if not task.in_place or task.last is None:
             return True
-        return all(
-            _same_values(task.last.after[task.positions[i]], pending.before[i])
-            for i in ours
-            if i < len(task.positions)
-        )
+        for i, tensor in enumerate(inputs):
+            if tensor is None or i not in ours or i >= len(task.positions):
+                continue
+            position = task.positions[i]
+            left, version = task.last.after[position], task.versions.get(position)
+            if not was_left_alone(pending.before[i], tensor._version, left, version):
+                return False
+        return True
 
     def _continues_batched(self, task: Task, pending: Pending) -> bool:
         """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""
@@ -560,16 +563,6 @@ class Loops:
 def _unbatched(tensors: Values, width: int, copy: bool) -> Values:
     """The same out of a transform, where memory is what tells one step's result from another's."""
     return [kept(batched(t, width), copy) if t is not None else None for t in tensors]
-
-
-def _same_values(left: Tensor | None, right: Tensor) -> bool:
-    """Whether an in-place parameter still is what the last update left.
-
-    On an accelerator this would wait for the device, so there a restore is not noticed this way.
-    """
-    if left is None or left.device.type != "cpu":
-        return True
-    return torch.equal(left, right) or bool(left.isnan().any())
 
 
 def spread(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -32,6 +31,7 @@ from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.observe.snapshot import Values, snapshot
+from divergence_probe.observe.tensors import was_left_alone
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -57,6 +57,7 @@ class _Step:
     facts: OptimizerFacts
     parameters: list[Tensor]
     before: Values
+    versions: list[int]
     gradients: Values
     pending: Pending | None
     site: int
@@ -173,6 +174,7 @@ class Optimizers:
             facts,
             parameters,
             snapshot(parameters, copy=True),
+            [p._version for p in parameters],
             snapshot([p.grad for p in parameters], copy=True),
             pending,
             self._session.sites.here(),
@@ -249,6 +251,7 @@ class Optimizers:
         task.fast = [None] * width
         for parameter, position in zip(step.parameters, step.positions, strict=True):
             task.fast[position] = weakref.ref(parameter)
+            task.versions[position] = parameter._version
         self._thread.last = (pending, task)
 
     def _merge(self, step: _Step, task: Task, columns: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -305,13 +308,13 @@ class Optimizers:
     def _unchanged(self, task: Task, step: _Step) -> bool:
         if task.last is None:
             return True
-        for value, position in zip(step.before, step.positions, strict=True):
-            left = task.last.after[position]
-            if left is None or value is None or left.device.type != "cpu":
-                continue
-            if not torch.equal(left, value) and not bool(left.isnan().any()):
-                return False
-        return True
+        return all(
+            value is None
+            or was_left_alone(value, version, task.last.after[place], task.versions.get(place))
+            for value, version, place in zip(
+                step.before, step.versions, step.positions, strict=True
+            )
+        )
 
     def _copied_from(
         self, parameters: list[Tensor], pending: Pending | None

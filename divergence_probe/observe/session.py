@@ -84,6 +84,7 @@ class Task:
         positions: which of the model's parameters its loop moves, in the loop's order.
         inputs: weak references to what its next gradient is expected to be taken of.
         in_place: whether its updates overwrite the parameters.
+        versions: by position, the parameters' counts of in-place changes after the last update.
         learned: what is known of the line its gradients are taken at.
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
@@ -108,6 +109,7 @@ class Task:
     positions: list[int] = field(default_factory=list)
     inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     in_place: bool = False
+    versions: dict[int, int] = field(default_factory=dict)
     learned: Learned | None = None
     provisional: bool = False
     held: list[Row] = field(default_factory=list)

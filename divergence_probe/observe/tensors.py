@@ -48,6 +48,32 @@ def batched(tensor: Tensor, width: int) -> Tensor:
     return value.unsqueeze(0).expand(width, *value.shape)
 
 
+def was_left_alone(
+    now: Tensor, version: int, left: Tensor | None, left_version: int | None
+) -> bool:
+    """Whether an in-place parameter still is what its last update left.
+
+    By value on the CPU. Elsewhere that would wait for the device: there torch's own count of
+    in-place changes tells, which a write through ``.data`` leaves alone.
+
+    Args:
+        now: its value before the next update.
+        version: its count of in-place changes at that time.
+        left: its value after the last update, None unknown.
+        left_version: its count at that time, None unknown.
+    """
+    if left is None:
+        return True
+    if not waits_for_nothing(left):
+        return left_version is None or version == left_version
+    return torch.equal(left, now) or bool(left.isnan().any())
+
+
+def waits_for_nothing(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.is_cpu
+
+
 def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """The leaf tensors a backward from ``outputs`` accumulates gradients into, in forward order."""
     roots = (outputs,) if isinstance(outputs, Tensor) else outputs
