@@ -289,7 +289,13 @@ class Session:
         return row
 
     def query(
-        self, task: Task, forwards: Forwards, loss: Number, site: int, flags: int = 0
+        self,
+        task: Task,
+        forwards: Forwards,
+        loss: Number,
+        site: int,
+        flags: int = 0,
+        gradients: Sequence[Tensor] = (),
     ) -> None:
         """The adapted weights were used: a forward, and maybe a gradient, after the last step."""
         nothing = [None] * len(task.known.layout.parameters)
@@ -308,6 +314,7 @@ class Session:
             None,
             flags,
             task.width,
+            carried=gradients,
         )
         self._add(row, task)
 
