@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from divergence_probe.record.schema import Array
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.quantities import farness
 
 RECALIBRATE_FIX = (
     "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
@@ -35,7 +35,7 @@ class _EvalStatistics(Rule):
         norm = frame.block.batch_norm
         evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
         evaluated &= norm["bn_untrained"] == float(untrained)
-        far = self._farness(norm) > 1
+        far = farness(norm, self.thresholds) > 1
         # Later steps move the weights, so only a task's first look at a layer judges it.
         # (Untrained statistics are untrained at any time.)
         first_look = frame.step == 0
@@ -47,19 +47,12 @@ class _EvalStatistics(Rule):
             columns = np.flatnonzero(evaluated[row] if untrained else hit[row])
             yield self._describe(frame, row, columns, untrained)
 
-    def _farness(self, norm: dict[str, Array]) -> Array:
-        """``[S, B]`` distance of the running statistics from the batch's; above 1 is too far."""
-        with np.errstate(invalid="ignore"):
-            mean = norm["bn_mean_distance"] / self.thresholds["statistics-distance"]
-            ratio = np.abs(norm["bn_log_variance_ratio"])
-            return np.fmax(mean, ratio / math.log(self.thresholds["statistics-ratio"]))
-
     def _describe(
         self, frame: Frame, row: int, columns: npt.NDArray[np.int_], untrained: bool
     ) -> Finding:
         norm = frame.block.batch_norm
         layers = tuple(frame.normalization(int(c)) for c in columns)
-        worst = int(columns[np.nanargmax(self._farness(norm)[row, columns])])
+        worst = int(columns[np.nanargmax(farness(norm, self.thresholds)[row, columns])])
         distance = float(norm["bn_mean_distance"][row, worst])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
         seen = float(norm["bn_batches"][row, columns[0]])
