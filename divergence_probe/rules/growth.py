@@ -15,9 +15,10 @@ class NormExplosion(Rule):
     """A parameter's norm grew by decades within one task.
 
     ## What it does
-    Compares each parameter's norm after every inner step with its norm when the task began. Small
-    parameters (zero-initialised heads, biases) are measured against a fraction of the whole model's
-    norm. A decade counts where the loss is not falling; three decades count always.
+    Compares each parameter's norm after every inner step with its norm when the task began.
+    Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
+    are measured against the median of all. A decade counts where the loss is not falling; three
+    decades count always.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained

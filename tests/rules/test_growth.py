@@ -49,6 +49,16 @@ def test_a_zero_initialised_head_may_grow():
     assert silent("NG001", make(*rows))
 
 
+def test_a_small_parameter_has_no_scale_of_its_own():
+    """A bias of 0.02 in a model of norms around 10 may become 6, whatever the loss does."""
+    first = inner(norm_before=[10, 0.4, 8], norm_after=[10, 0.5, 8])
+    grown = make(first, inner(step=1, norm_after=[10, 6, 8], loss=2.0))
+    assert silent("NG001", grown)
+
+    everything = make(first, inner(step=1, norm_after=[10, 90, 8], loss=2.0))
+    assert one("NG001", everything).layer == "body.0"
+
+
 def test_growth_is_measured_from_the_task_start_over_blocks():
     rows = grown(150.0)
 
