@@ -122,6 +122,7 @@ class Pending:
         candidates: for each input, what may be its updated tensor, in order.
         writes: for each input, in-place updates seen.
         used: for each input, the candidate that was first used as a weight.
+        met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
     versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
@@ -150,6 +151,7 @@ class Pending:
     written: dict[int, Tensor] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False
+    met: bool = False
     followed: bool = False
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
@@ -282,8 +284,8 @@ class Follower(TorchFunctionMode):
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
                 cut |= bool(tag[2]) and id(tensor) in self._cut
-                if name in _WEIGHT_OPERATIONS:
-                    self._used(pending, tensor)
+                for index in tag[1] & tag[2]:  # it may be an updated parameter
+                    self._used(pending, index, tensor, name, args)
         if _is_in_place(name, kwargs) and args and isinstance(args[0], Tensor):
             self._written(pending, args[0], name, parameters, gradients)
         if not (parameters or gradients) or name in _WEIGHT_OPERATIONS:
@@ -379,11 +381,32 @@ class Follower(TorchFunctionMode):
                 value = batched(tensor, pending.width).detach()
                 known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
 
-    def _used(self, pending: Pending, tensor: Tensor) -> None:
-        for index, candidates in enumerate(pending.candidates):
-            for position, candidate in enumerate(candidates):
-                if candidate.tensor() is tensor:
+    def _used(self, pending: Pending, index: int, tensor: Tensor, name: str, args: Any) -> None:
+        """Note the use of a candidate: as a weight, or otherwise with tensors of another kind."""
+        weight = name in _WEIGHT_OPERATIONS
+        if not weight and pending.met:
+            return
+        for position, candidate in enumerate(pending.candidates[index]):
+            if candidate.tensor() is tensor:
+                if weight:
                     pending.used.setdefault(index, position)
+                else:
+                    pending.met |= self._meets_others(tensor, name, args)
+
+    def _meets_others(self, tensor: Tensor, name: str, args: Any) -> bool:
+        """Whether what may be an updated parameter is computed with, as a weight is.
+
+        Not where it is only summed up (a penalty of importances), or collected outside the graph in
+        a tensor of its own shape (the importances themselves).
+        """
+        if _is_in_place(name, {}) and args and args[0] is not tensor:
+            return False
+        return any(
+            other.numel() > 1
+            and id(other) not in self._tags
+            and (tensor.requires_grad or other.shape != tensor.shape)
+            for other in _tensors(args, {})
+        )
 
     def _tag(self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]) -> None:
         known = self._tags.get(id(tensor))
