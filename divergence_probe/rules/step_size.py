@@ -119,15 +119,17 @@ class StepBeyondStability(Rule):
         if not math.isfinite(product) or not math.isfinite(loss):
             return course.overshoots > 0
         predicted = course.descent * (product / 2 - 1)
-        actual = loss - course.loss
-        return gradient > course.gradient and 0.1 * predicted < actual < 100 * predicted
+        # Along a convex loss it rises by no more than the slope where the step ends times the step;
+        # more is not the step's doing, but another batch's (twice, for losses that are not convex).
+        most = 2 * course.descent * (product - 1)
+        return gradient > course.gradient and 0.1 * predicted < loss - course.loss < most
 
     def _is_clear(self, course: _Course, loss: float, first: float) -> bool:
         """Whether the growth cannot be noise: twice in a row, or a decade at once."""
         if not course.overshoots or not math.isfinite(first):
             return False
         floor = max(course.lowest, 1e-3 * abs(first), 1e-12)
-        if loss >= 10 * max(floor, abs(first)):
+        if loss >= 10 * max(floor, abs(first), course.loss):
             return True
         return course.overshoots >= 2 and loss > 2 * floor and loss > 0.5 * abs(first)
 

@@ -91,6 +91,17 @@ def test_a_loss_that_doubles_is_noise():
     assert silent("LG001", make(inner(loss=2.0), inner(step=1, loss=4.0), inner(step=2, loss=1.0)))
 
 
+def test_one_easy_sample_does_not_make_the_next_loss_an_explosion():
+    usual = [inner(task, loss=1.0) for task in range(3)]
+    easy = [inner(3, loss=0.01), inner(3, step=1, loss=2.0)]
+
+    assert silent("LG001", make(*usual, *easy))
+    assert one("LG001", make(*easy)).evidence["loss"] == 2.0
+    assert one("LG001", make(*usual, inner(3, loss=0.01), inner(3, step=1, loss=150.0)))
+    elsewhere = [inner(task, loss=1.0, site=1) for task in range(3)]
+    assert one("LG001", make(*elsewhere, *easy))
+
+
 def test_a_loss_that_began_at_zero_has_a_floor():
     assert silent("LG001", make(inner(loss=1e-9), inner(step=1, loss=0.5)))
 

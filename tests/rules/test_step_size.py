@@ -57,6 +57,24 @@ def test_the_limit_can_be_set():
     assert silent("LR001", quadratic(2.5), instability=2.6)
 
 
+def test_a_rise_that_the_slope_does_not_explain_is_another_batch():
+    """0.03 to 3 over a step that promised 0.001: a sample of another class, not the step."""
+    rows = quadratic(6.0, steps=3)
+    assert one("LR001", rows).step == 1
+    rows.parameters["gradient_norm"] /= 30  # the decrease a step promises goes with its square
+    assert silent("LR001", rows)
+
+
+def test_a_decade_counts_over_one_step_only():
+    rows = quadratic(2.2, steps=2)
+    rows.scalars["loss"][:] = 0.4, 0.5
+    first = make(inner(0, loss=0.03, instability=NAN), parameters=ONE)
+    rows.scalars["step"] += 1
+    rows.scalars["instability"][0] = 0.5
+
+    assert silent("LR001", first, rows)
+
+
 def kinked(losses=(1.5, 0.7, 3.0, 9.0), product=1.2, rate=0.1, task=0):
     """Steps into a wall: the slope just turns round, the decrease promised is above the loss."""
     gradients = [(0.5, 6.0, 20.0, 40.0)[step] for step in range(len(losses))]
