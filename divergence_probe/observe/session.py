@@ -208,7 +208,8 @@ class Session:
         """
         provisional = provisional and self.label is None  # what the user calls a task is one
         task = Task(-1, known, adapter, site, width, base=base, provisional=provisional)
-        task.data = {"adapter": adapter, "model": known.layout.model, "width": width, **data}
+        names = {"adapter": adapter, "model": known.layout.model, "instance": known.serial}
+        task.data = {**names, "width": width, **data}
         if self.label is not None:
             task.data["label"] = self.label
         if self.phase == "meta-test":

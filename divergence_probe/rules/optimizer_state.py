@@ -251,6 +251,7 @@ class BaseMutated(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._before: dict[tuple[int, int], tuple[int, Array, Array]] = {}
+        self._instances: dict[tuple[int, int], object] = {}
         self._stepped: dict[object, int] = {}
         self._pending: list[Finding] = []
         self._outer_steps = 0
@@ -293,9 +294,14 @@ class BaseMutated(Rule):
         self, frame: Frame, row: int, layout: tuple[int, int], start: Array
     ) -> Iterator[Finding]:
         previous = self._before.get(layout)
-        self._before[layout] = (int(frame.task[row]), start, start)
-        if previous is None or previous[0] == int(frame.task[row]):
-            return
+        task = int(frame.task[row])
+        self._before[layout] = (task, start, start)
+        facts = frame.tasks.get(task)
+        instance = facts.data.get("instance") if facts is not None else None
+        other = self._instances.get(layout, instance) != instance
+        self._instances[layout] = instance
+        if previous is None or previous[0] == task or other:
+            return  # (another model of the same structure begins where it likes)
         _, earlier, ended = previous
         if len(earlier) != len(start):
             return

@@ -108,6 +108,14 @@ def test_an_outer_step_of_the_same_weights_in_another_layout():
     assert one("BASE001", first, second)
 
 
+def test_another_model_of_the_same_structure_begins_where_it_likes():
+    other = make(task(1, 12, 14), events=[start(1, instance=2)])
+    assert silent("BASE001", make(task(0, 10, 12), events=[start(0, instance=1)]), other)
+
+    same = make(task(1, 12, 14), events=[start(1, instance=1)])
+    assert one("BASE001", make(task(0, 10, 12), events=[start(0, instance=1)]), same)
+
+
 def test_an_outer_step_that_starts_where_the_inner_loop_ended():
     finding = one("BASE001", make(task(0, 10, 12), outer(norm_before=12, norm_after=13)))
 
