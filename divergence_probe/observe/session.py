@@ -546,6 +546,11 @@ class Session:
         layout = layouts[0] if layouts else Layout(0, "", ())
         return empty_block(layout, self.sites.table, events, self._rank)
 
+    def cut_off(self) -> None:
+        """An exception ended the run: a copy in its first task had no chance to be followed."""
+        for task in [t for t in self.open if t.provisional and t.base is not None]:
+            self.confirm(task)
+
     def close(self) -> None:
         """End everything that is open and hand on what is left."""
         for closing in self.closing:

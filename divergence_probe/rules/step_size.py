@@ -20,14 +20,28 @@ _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 @dataclass
 class _Course:
-    """How one task's loss and gradient have gone so far."""
+    """How one task's loss and gradient have gone so far.
+
+    Attributes:
+        loss: its latest.
+        gradient: the norm of its latest.
+        descent: the first-order decrease its latest step promised.
+        curvature: step size x curvature of its latest overshoot.
+        lowest: its lowest loss.
+        before: the norm of the gradient before the first of the latest overshoots in a row.
+        overshoots: how many in a row the latest are.
+        by_value: whether the loss's value told one of them.
+        reported: whether a finding was given.
+    """
 
     loss: float = math.nan
     gradient: float = math.nan
     descent: float = math.nan
     curvature: float = math.nan
     lowest: float = math.inf
+    before: float = math.nan
     overshoots: int = 0
+    by_value: bool = False
     reported: bool = False
 
 
@@ -88,10 +102,14 @@ class StepBeyondStability(Rule):
                 self._unbounded.add(line)
             bounded = line not in self._unbounded
             if self._overshoots(frame, row, course, float(gradients[row]), bounded):
+                if not course.overshoots:
+                    course.before = course.gradient
                 course.overshoots += 1
             else:
-                course.overshoots = 0
-            if not course.reported and self._is_clear(course, loss, float(frame.first_loss[row])):
+                course.overshoots, course.by_value = 0, False
+            grown = float(gradients[row]) >= 2 * course.before
+            first = float(frame.first_loss[row])
+            if not course.reported and self._is_clear(course, loss, first, grown):
                 course.reported = True
                 yield self._describe(frame, row, course)
             course.loss, course.gradient = loss, float(gradients[row])
@@ -112,6 +130,7 @@ class StepBeyondStability(Rule):
             # The slope turned round over the step, which was too long for a loss of this size.
             course.curvature = course.descent / (2 * max(course.loss, 1e-30))
             if course.curvature > self.thresholds["instability"] and gradient > course.gradient:
+                course.by_value = True
                 return True
         if not product > self.thresholds["instability"]:
             return False
@@ -124,13 +143,19 @@ class StepBeyondStability(Rule):
         most = 2 * course.descent * (product - 1)
         return gradient > course.gradient and 0.1 * predicted < loss - course.loss < most
 
-    def _is_clear(self, course: _Course, loss: float, first: float) -> bool:
-        """Whether the growth cannot be noise: twice in a row, or a decade at once."""
+    def _is_clear(self, course: _Course, loss: float, first: float, grown: bool) -> bool:
+        """Whether the growth cannot be noise: twice in a row, or a decade at once.
+
+        Where the loss's value is what tells, loss and gradient must have doubled: a bounded loss
+        (of frequencies, say) is thrown about by steps that are long, and nothing grows.
+        """
         if not course.overshoots or not math.isfinite(first):
             return False
         floor = max(course.lowest, 1e-3 * abs(first), 1e-12)
         if loss >= 10 * max(floor, abs(first), course.loss):
             return True
+        if course.by_value and not (grown and loss > 2 * abs(first)):
+            return False
         return course.overshoots >= 2 and loss > 2 * floor and loss > 0.5 * abs(first)
 
     def _describe(self, frame: Frame, row: int, course: _Course) -> Finding:

@@ -101,6 +101,13 @@ def test_a_rising_loss_that_the_step_is_not_too_long_for():
     assert silent("LR001", make(*kinked((90.0, 0.7, 3.0, 9.0)), parameters=ONE))
 
 
+def test_a_bounded_loss_that_long_steps_throw_about():
+    block = make(*kinked((0.04, 0.07, 0.11, 0.12), rate=0.1), parameters=ONE)
+    block.parameters["gradient_norm"][:, 0] = 2.0, 2.4, 2.6, 2.7
+    assert silent("LR001", block)
+    assert silent("LR001", make(*kinked((1.5, 0.7, 1.6, 2.0)), parameters=ONE))
+
+
 def test_a_loss_that_zero_does_not_bound():
     """A policy gradient's is zero on average: how far it could fall is not known from its value."""
     first = inner(0, loss=-0.1, gradient_norm=1.0)
