@@ -285,6 +285,8 @@ class _Watch:
             if guard.active:
                 tasks = list(session.open)
                 with guard.work():
+                    if isinstance(error, Exception):
+                        session.cut_off()
                     session.close()
                 with guard.work():
                     self._note_exception(error, tasks)

@@ -196,7 +196,8 @@ class Row:
         flags: ``schema.FLAGS`` bits.
         width: number of vmapped tasks, 1 without vmap.
         previous: the row of the step before in the same task, until this one is measured.
-        carried: gradients that were already there before the row's own was added to them.
+        carried: gradients that were already there before the row's own was added to them; a
+            query's own.
         preceding: for a task's first row, the last row of the task before, until it is measured.
     """
 

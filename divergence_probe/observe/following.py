@@ -125,8 +125,8 @@ class Follower(TorchFunctionMode):
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
                 cut |= bool(tag[2]) and id(tensor) in self._cut
-                if operation.uses_weights:
-                    self._used(pending, tensor)
+                for index in tag[1] & tag[2]:  # it may be an updated parameter
+                    self._used(pending, index, tensor, operation, args)
         if operation.in_place and args and isinstance(args[0], Tensor):
             self._written(pending, args[0], operation, parameters, gradients)
         if not (parameters or gradients) or operation.uses_weights:
@@ -221,11 +221,34 @@ class Follower(TorchFunctionMode):
                 value = batched(tensor, pending.width).detach()
                 known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
 
-    def _used(self, pending: Pending, tensor: Tensor) -> None:
-        for index, candidates in enumerate(pending.candidates):
-            for position, candidate in enumerate(candidates):
-                if candidate.tensor() is tensor:
+    def _used(
+        self, pending: Pending, index: int, tensor: Tensor, operation: Operation, args: Any
+    ) -> None:
+        """Note the use of a candidate: as a weight, or otherwise with tensors of another kind."""
+        weight = operation.uses_weights
+        if not weight and pending.met:
+            return
+        for position, candidate in enumerate(pending.candidates[index]):
+            if candidate.tensor() is tensor:
+                if weight:
                     pending.used.setdefault(index, position)
+                else:
+                    pending.met |= self._meets_others(tensor, operation, args)
+
+    def _meets_others(self, tensor: Tensor, operation: Operation, args: Any) -> bool:
+        """Whether what may be an updated parameter is computed with, as a weight is.
+
+        Not where it is only summed up (a penalty of importances), or collected outside the graph in
+        a tensor of its own shape (the importances themselves).
+        """
+        if operation.in_place and args and args[0] is not tensor:
+            return False
+        return any(
+            other.numel() > 1
+            and id(other) not in self._tags
+            and (tensor.requires_grad or other.shape != tensor.shape)
+            for other in _tensors(args, {})
+        )
 
     def _tag(self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]) -> None:
         known = self._tags.get(id(tensor))

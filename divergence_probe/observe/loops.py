@@ -509,7 +509,10 @@ class Loops:
         if task is not None and task.steps:
             forwards = self._used_by(task)
             forwards.extend(pending.forwards)
-            self._session.query(task, forwards, pending.loss, pending.site, pending.flags)
+            session, gradients = self._session, []
+            if task.in_place:  # of a copy: whether it arrives at the base is another question
+                gradients = [gradient for gradient in pending.gradients if gradient is not None]
+            session.query(task, forwards, pending.loss, pending.site, pending.flags, gradients)
 
     def _count_repetition(self, pending: Pending) -> None:
         """Note a gradient taken again and again at one point, with the very same loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,9 @@ from divergence_probe.record.schema import Layout, ParameterInfo
 _WRAPPERS = frozenset(
     {"DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel"}
 )
+
+#: Tells models of the same structure apart.
+_SERIALS = itertools.count()
 
 # Searching is for names only: it must not become a cost of its own.
 _SEARCH_SECONDS = 1.0
@@ -57,6 +61,7 @@ class KnownModel:
 
     def __init__(self, model: nn.Module | None, layout: Layout, tensors: Sequence[Tensor]) -> None:
         self.layout = layout
+        self.serial = next(_SERIALS)
         self.model = weakref.ref(model) if model is not None else None
         self.parameters = [weakref.ref(tensor) for tensor in tensors]
         self.positions = {p.name: i for i, p in enumerate(layout.parameters)}

@@ -27,9 +27,16 @@ class Nesting:
         self._session = session
         self.tasks: list[Task] = []
         self._starts: list[tuple[Task, list[Tensor]]] = []
+        self._goes_on: list[Task] = []
 
-    def began(self, task: Task, before: Sequence[Tensor | None]) -> None:
-        """A task that updates in place began at the values ``before``."""
+    def began(self, task: Task, before: Sequence[Tensor | None], goes_on: bool = False) -> None:
+        """A task that updates in place began at the values ``before``.
+
+        Args:
+            task: which.
+            before: its weights.
+            goes_on: whether those are what the task before left: only its optimizer is new.
+        """
         if not task.in_place:
             return
         values = [tensor for tensor in before if tensor is not None]
@@ -39,6 +46,8 @@ class Nesting:
             for other in (*earlier, task) if earlier else ():
                 self._session.confirm(other)
         elif task.provisional:
+            if goes_on:
+                self._goes_on = [*self._goes_on[-8:], task]
             same = [start for start in self._starts if start[0].known is task.known]
             for other in self._starting_over([*same, (task, values)]):
                 self._session.confirm(other)
@@ -55,6 +64,8 @@ class Nesting:
         for position, (_, values) in enumerate(starts[:-1]):
             if _equal(values, starts[-1][1]):
                 return tasks[position:]
+        if any(task is other for task in tasks[-_EQUAL_RUNS:] for other in self._goes_on):
+            return []  # phases of one training, each with an optimizer of its own
         runs = [task.steps for task in tasks[-1 - _EQUAL_RUNS : -1]]
         if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN:
             return tasks[-1 - _EQUAL_RUNS :]

@@ -281,6 +281,9 @@ class Optimizers:
             if (optimizer is step.optimizer or other_part) and self._unchanged(task, step):
                 return task
         self._loops.end_task()
+        # (not of self._tasks: the optimizer of the task before may be gone)
+        latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
+        goes_on = bool(latest) and self._unchanged(latest[-1], step)
         for task in [t for t in self._tasks.values() if t.known is step.known and not t.ended]:
             self._finish(task)
         base = step.base
@@ -301,7 +304,7 @@ class Optimizers:
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
         self._nesting.began(
-            task, spread(step.before, step.positions, len(step.known.layout.parameters))
+            task, spread(step.before, step.positions, len(step.known.layout.parameters)), goes_on
         )
         return task
 
@@ -373,9 +376,7 @@ class Optimizers:
         """The run is over."""
         for task in list(self._tasks.values()):
             if not task.ended:
-                if task.provisional and task.base is not None:
-                    self._session.confirm(task)
-                self._finish(task)
+                self._finish(task)  # one copy that was trained, and no other, was fine-tuned
 
 
 def _facts(optimizer: Optimizer) -> OptimizerFacts:

@@ -84,6 +84,7 @@ class Pending:
         candidates: for each input, what may be its updated tensor, in order.
         writes: for each input, in-place updates seen.
         used: for each input, the candidate that was first used as a weight.
+        met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
         versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
@@ -112,6 +113,7 @@ class Pending:
     written: dict[int, Tensor] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False
+    met: bool = False
     followed: bool = False
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)

@@ -67,7 +67,7 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
         found |= choice.value is not None and with_gradient[index]
         tensors.append(choice.tensor)
         values.append(choice.value)
-    if not found:
+    if not found or not _is_used(pending, tensors, following):
         return None
     if _cut(pending, right):
         pending.flags &= ~FLAGS["second_order"]
@@ -97,6 +97,22 @@ def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
     return all(
         reference() is tensor for reference, tensor in zip(pending.inputs, following, strict=True)
     )
+
+
+def _is_used(
+    pending: Pending, updated: Sequence[Tensor | None], following: Sequence[Tensor]
+) -> bool:
+    """Whether the first update of what would be a task is used as weights, here or before.
+
+    Gradients are also squared and summed up, or multiplied with distances of the weights (elastic
+    weight consolidation, synaptic intelligence): nothing is adapted by that.
+    """
+    if pending.task is not None or pending.used or pending.met or pending.escaped:
+        return True
+    if not pending.followed or pending.learned.confirmed or pending.width > 1:
+        return True  # (vmap's wrappers die with it: what uses them is not seen)
+    made = {id(tensor) for tensor in updated if tensor is not None}
+    return any(id(tensor) in made for tensor in following)
 
 
 def _cut(pending: Pending, right: list[int]) -> bool:

@@ -218,7 +218,8 @@ class Session:
         """
         provisional = provisional and self.label is None  # what the user calls a task is one
         task = Task(-1, known, adapter, site, width, base=base, provisional=provisional)
-        task.data = {"adapter": adapter, "model": known.layout.model, "width": width, **data}
+        names = {"adapter": adapter, "model": known.layout.model, "instance": known.serial}
+        task.data = {**names, "width": width, **data}
         if self.label is not None:
             task.data["label"] = self.label
         if self.phase == "meta-test":
@@ -299,7 +300,13 @@ class Session:
         return row
 
     def query(
-        self, task: Task, forwards: Forwards, loss: Number, site: int, flags: int = 0
+        self,
+        task: Task,
+        forwards: Forwards,
+        loss: Number,
+        site: int,
+        flags: int = 0,
+        gradients: Sequence[Tensor] = (),
     ) -> None:
         """The adapted weights were used: a forward, and maybe a gradient, after the last step."""
         nothing = [None] * len(task.known.layout.parameters)
@@ -318,6 +325,7 @@ class Session:
             None,
             flags,
             task.width,
+            carried=gradients,
         )
         self._add(row, task)
 
@@ -549,6 +557,11 @@ class Session:
         layouts = self.models.layouts
         layout = layouts[0] if layouts else Layout(0, "", ())
         return empty_block(layout, self.sites.table, events, self._rank)
+
+    def cut_off(self) -> None:
+        """An exception ended the run: a copy in its first task had no chance to be followed."""
+        for task in [t for t in self.open if t.provisional and t.base is not None]:
+            self.confirm(task)
 
     def close(self) -> None:
         """End everything that is open and hand on what is left."""

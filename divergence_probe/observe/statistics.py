@@ -17,6 +17,7 @@ from divergence_probe.record.schema import (
     BATCH_NORM_DISTANCES,
     MISSING,
     PARAMETER_COLUMNS,
+    QUERY,
     Array,
     Block,
     Event,
@@ -93,7 +94,10 @@ def _scalar_columns(rows: Sequence[Row]) -> dict[str, Array]:
     arrays["task"] += np.arange(sum(widths)) - np.repeat(starts, widths)
     arrays["loss"] = losses
     arrays["learning_rate"] = np.where(np.repeat(table[:, 8], widths) > 0, rates, -np.inf)
-    arrays["carried_gradient"] = np.repeat(table[:, 9], widths)
+    asked = table[:, 2] == QUERY
+    arrays["carried_gradient"] = np.repeat(np.where(asked, 0.0, table[:, 9]), widths)
+    taken = asked & np.asarray([bool(row.carried) for row in rows])
+    arrays["query_gradient"] = np.repeat(np.where(taken, table[:, 9], np.nan), widths)
     arrays["carried_velocity"] = np.repeat(carried_velocities(rows), widths)
     return arrays
 

@@ -38,6 +38,7 @@ SCALAR_COLUMNS: dict[str, str] = {
     "learning_rate": "largest over parameter groups; -inf where unknown",
     "instability": "step size x curvature of the step before, from two gradients; nan unknown",
     "carried_gradient": "norm of the .grad that was already there before the step's own backward",
+    "query_gradient": "norm of the gradient of a query of weights adapted in place; nan unknown",
     "carried_velocity": "for a task's first step by hand: cosine of what the update holds besides "
     "the gradient with the last update of the task before; 1 is its momentum, nan unknown",
     "flags": "bit set, see FLAGS",

@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from divergence_probe.record.schema import Array
+from divergence_probe.record.schema import Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.quantities import farness
+from divergence_probe.thresholds import Thresholds
 
 RECALIBRATE_FIX = (
     "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
@@ -25,6 +27,11 @@ class _EvalStatistics(Rule):
 
     _switched: str | None = None
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        # layers of a task that were far off when it began, though it began in train mode
+        self._began_far: dict[tuple[int, int], Flags] = {}
+
     def _note_switch(self, frame: Frame) -> None:
         """Remember where eval mode was last switched on for a whole model."""
         for event in frame.events("mode"):
@@ -35,31 +42,41 @@ class _EvalStatistics(Rule):
         norm = frame.block.batch_norm
         evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
         evaluated &= norm["bn_untrained"] == float(untrained)
-        far = self._farness(norm) > 1
-        # Later steps move the weights, so only a task's first look at a layer judges it.
-        # (Untrained statistics are untrained at any time.)
-        first_look = frame.step == 0
+        far = farness(norm, self.thresholds) > 1
+        # Later steps move the weights, so a first look at a layer judges it: in a query, too,
+        # what was seen while adapting in train mode. (Untrained statistics are so at any time.)
+        first_look = np.broadcast_to((frame.step == 0)[:, None], evaluated.shape)
         if untrained:
-            first_look = first_look | frame.query
-        hit = evaluated & far & first_look[:, None]
+            first_look = first_look | frame.query[:, None]
+        else:
+            first_look = first_look | self._far_in_train_mode(frame, far)
+        hit = evaluated & far & first_look
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
             # Untrained statistics are wrong in every layer that evaluates them, far or not.
             columns = np.flatnonzero(evaluated[row] if untrained else hit[row])
             yield self._describe(frame, row, columns, untrained)
 
-    def _farness(self, norm: dict[str, Array]) -> Array:
-        """``[S, B]`` distance of the running statistics from the batch's; above 1 is too far."""
-        with np.errstate(invalid="ignore"):
-            mean = norm["bn_mean_distance"] / self.thresholds["statistics-distance"]
-            ratio = np.abs(norm["bn_log_variance_ratio"])
-            return np.fmax(mean, ratio / math.log(self.thresholds["statistics-ratio"]))
+    def _far_in_train_mode(self, frame: Frame, far: Flags) -> Flags:
+        """``[S, B]`` layers of queries that were far off before adapting, in train mode."""
+        result = np.zeros_like(far)
+        began = far & (frame.block.batch_norm["bn_training"] == 1)
+        rank = frame.block.rank
+        for row in np.flatnonzero(began.any(1) & frame.support & (frame.step == 0)):
+            self._began_far[rank, int(frame.task[row])] = began[row]
+        for row in np.flatnonzero(frame.query) if self._began_far else ():
+            known = self._began_far.get((rank, int(frame.task[row])))
+            if known is not None:
+                result[row, : len(known)] = known
+        for event in frame.events("task-end"):
+            self._began_far.pop((rank, event.task), None)
+        return result
 
     def _describe(
         self, frame: Frame, row: int, columns: npt.NDArray[np.int_], untrained: bool
     ) -> Finding:
         norm = frame.block.batch_norm
         layers = tuple(frame.normalization(int(c)) for c in columns)
-        worst = int(columns[np.nanargmax(self._farness(norm)[row, columns])])
+        worst = int(columns[np.nanargmax(farness(norm, self.thresholds)[row, columns])])
         distance = float(norm["bn_mean_distance"][row, worst])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
         seen = float(norm["bn_batches"][row, columns[0]])
@@ -132,7 +149,9 @@ class EvalWithDistantStatistics(_EvalStatistics):
 
     ## What it does
     Reports a BatchNorm layer in eval mode whose running statistics were trained, but lie far from
-    the statistics of the batch it normalises: too few updates, other data, or other weights.
+    the statistics of the batch it normalises: too few updates, other data, or other weights. It
+    looks before adaptation moves the weights; so at a query only where the statistics were far off
+    already when the task began in train mode.
 
     ## Why it is bad
     Activations come out shifted and scaled, and the network behind was trained on neither.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import Array, Event, Flags
+from divergence_probe.record.schema import MISSING, Array, Event, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
@@ -47,6 +47,8 @@ class RunningStatisticsLeak(Rule):
         super().__init__(thresholds)
         # the task that moved a layer's statistics last, what they were when it began, and how
         self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
+        # the task that began last, and each layer's running mean before its first forward
+        self._starts: dict[object, tuple[int, Array]] = {}
         self._weights: dict[object, tuple[int, Array, Array]] = {}
         self._carried: dict[tuple[object, int], bool] = {}
 
@@ -56,8 +58,12 @@ class RunningStatisticsLeak(Rule):
         shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
         if shared.size:
             self._note_weights(frame)
-        for row in np.flatnonzero(shared.any(1) & frame.support):
+        first = frame.support & (frame.step == 0)
+        for row in np.flatnonzero((first | shared.any(1)) & frame.support):
             task = int(frame.task[row])
+            if first[row]:
+                layout = (frame.block.rank, frame.block.layout.index)
+                self._starts[layout] = (task, norm["bn_running_mean_before"][row])
             for column in np.flatnonzero(shared[row]):
                 yield from self._layer(frame, int(row), int(column), task)
 
@@ -78,12 +84,24 @@ class RunningStatisticsLeak(Rule):
             else:
                 self._weights[layout] = (task, known[1], after[row])
 
+    def _start(self, frame: Frame, row: int, column: int, task: int) -> float:
+        """A layer's running mean before the task's first forward.
+
+        (Not before the first one whose buffers are known as the base's: a copy that is used for
+        task after task is met as such only after its first step.)
+        """
+        known = self._starts.get((frame.block.rank, frame.block.layout.index))
+        if known is not None and known[0] == task and column < len(known[1]):
+            start = float(known[1][column])
+            if start != MISSING:
+                return start
+        return float(frame.block.batch_norm["bn_running_mean_before"][row, column])
+
     def _layer(self, frame: Frame, row: int, column: int, task: int) -> Iterator[Finding]:
         layer = frame.normalization(column)
         layout = (frame.block.rank, frame.block.layout.index)
-        norm = frame.block.batch_norm
-        start = float(norm["bn_running_mean_before"][row, column])
-        end = float(norm["bn_running_mean_after"][row, column])
+        start = self._start(frame, row, column, task)
+        end = float(frame.block.batch_norm["bn_running_mean_after"][row, column])
         previous = self._moved.get((layout, layer))
         if previous is not None and previous[0] != task:
             if previous[1] != start and not self._carried.get((layout, task), False):

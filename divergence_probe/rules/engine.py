@@ -127,12 +127,15 @@ class Engine:
     def _references(self, start: Array, first: Array) -> Array:
         """``[P]`` the norms growth is measured against.
 
-        A parameter's own norm when the task began; for small ones (zero-initialised heads, biases)
-        the larger of a fraction of the whole model's norm and what the first step made of them.
+        A parameter's own norm when the task began; for those smaller than most (zero-initialised
+        heads, biases) the median of all, a fraction of the whole model's norm, or what the first
+        step made of them, whichever is the largest.
         """
         first = np.where(np.isfinite(first), first, 0.0)
         whole = np.sqrt(np.nansum(start**2)) or np.sqrt(np.sum(first**2))
-        floor = self.thresholds["small-parameter"] * whole
+        known = start[np.isfinite(start)]
+        median = float(np.median(known)) if len(known) else 0.0
+        floor = max(self.thresholds["small-parameter"] * whole, median)
         own = np.fmax(start, np.fmax(floor, first))
         return np.fmax(np.where(start >= max(floor, 1e-12), start, own), 1e-12)
 

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.record.schema import MISSING, Array, Event, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.thresholds import Thresholds
 
 _LOW = {
     "float16": "6.55e+04 largest, 4.9e-4 relative spacing",
     "bfloat16": "3.4e+38 largest, 3.9e-3 relative spacing",
 }
+# The finest relative spacing of numbers, 2 to the minus (bits of the fraction + 1).
+_SPACING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 # float32 overflows from 3.4e38: an operation after numbers beyond this only ends an explosion, and
 # so does one on weights a decade larger than when the task began (the bound of norm-growth).
 _EXPLODED = 1e15
@@ -354,8 +357,9 @@ class BelowOneUlp(Rule):
     """Half-precision updates are smaller than the spacing of the weights: nothing moves.
 
     ## What it does
-    Looks for tasks whose every update is exactly zero although there are gradients, on float16 or
-    bfloat16 weights.
+    Looks at float16 and bfloat16 weights for tasks in which most of every step is lost: updates
+    that are exactly zero although there are gradients, or that go less than half as far down the
+    gradient as the learning rate says because that is below half the spacing of the weights.
 
     ## Why it is bad
     bfloat16 keeps 8 bits: a weight of 0.5 moves in steps of 0.004. A smaller update is rounded
@@ -381,33 +385,69 @@ class BelowOneUlp(Rule):
     severity = Severity.WARNING
     cause = "low-precision"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._moving: set[tuple[int, int]] = set()
+
     def check(self, frame: Frame) -> Iterator[Finding]:
-        """One finding a task, at its first step that moved nothing."""
+        """One finding a task of whose every step most is lost, at its first."""
         block = frame.block
-        low = np.asarray([info.dtype in _LOW for info in block.layout.parameters], dtype=bool)
-        if not low.any() or not len(block):
+        spacing = np.asarray([_SPACING.get(p.dtype, 0.0) for p in block.layout.parameters])
+        if not spacing.any() or not len(block):
             return
         gradient, update = block.parameters["gradient_norm"], block.parameters["update_norm"]
-        present = (gradient > 0) & (update != MISSING) & low
-        still = present & (update == 0)
-        hit = frame.support & present.any(1) & (still.sum(1) == present.sum(1))
+        present = (gradient > 0) & (update != MISSING) & (spacing > 0)
+        # as good as nothing: of all elements less than one in ten thousand went one unit
+        still = present & (update <= 0.01 * spacing * block.parameters["norm_before"])
+        lost = np.where((still == present).all(1)[:, None], still, False)
+        lost |= self._rounded(frame, present, spacing)
+        # Of the first-order change of the loss, each parameter's part is its squared gradient.
+        square = np.where(present, gradient, 0.0) ** 2
+        with np.errstate(all="ignore"):
+            share = np.where(lost, square, 0.0).sum(1) / square.sum(1)
+        hit = frame.support & present.any(1) & (share > 0.5)
+        # Close to a minimum updates are small by right: a task that has moved is left alone.
+        rank = block.rank
+        self._moving |= {(rank, int(t)) for t in np.unique(frame.task[frame.support & ~hit])}
         for row in frame.first_rows(hit):
-            column = int(np.flatnonzero(still[row])[0])
+            if (rank, int(frame.task[row])) in self._moving:
+                continue
+            column = int(np.argmax(np.where(lost[row], gradient[row], -1.0)))
             info = block.layout.parameters[column]
+            moved = float(update[row, column])
             yield self.at(
                 frame,
                 row,
-                f"no {info.dtype} weight moved at step {int(frame.step[row])}, with gradients up "
-                f"to {gradient[row].max():.3g}: updates are below half a unit in the last place",
+                f"{'no' if moved == 0 else 'hardly a'} {info.dtype} weight of "
+                f"{frame.parameter(column)} moved at step {int(frame.step[row])}, with a gradient "
+                f"of {gradient[row, column]:.3g}: updates are below half a unit in the last place",
                 "the update is rounded away",
                 layer=frame.layer(column),
                 evidence={
                     "dtype": info.dtype,
-                    "gradient_norm": float(gradient[row].max()),
-                    "update_norm": 0.0,
+                    "gradient_norm": float(gradient[row, column]),
+                    "update_norm": moved,
+                    "lost_share": float(share[row]),
                 },
                 fix="net = net.float()   # keep weights in float32, autocast the forward",
             )
+        self._moving -= {(rank, event.task) for event in frame.events("task-end")}
+
+    def _rounded(self, frame: Frame, present: Flags, spacing: Array) -> Flags:
+        """``[S, P]`` updates that went less than half as far as the step's rate says.
+
+        The rate is the learning rate, or the largest that any parameter shows (of small weights,
+        whose spacing is finer). Optimizers that rescale give other rates for other reasons: only
+        where that rate, too, would move a typical weight by less than half its spacing is it
+        rounding.
+        """
+        parameters = frame.block.parameters
+        known = frame.block.scalars["learning_rate"]
+        rates = np.where(present & np.isfinite(parameters["step_rate"]), parameters["step_rate"], 0)
+        rate = np.fmax(rates.max(1, initial=0.0), np.where(np.isfinite(known), known, 0.0))[:, None]
+        due = rate * parameters["gradient_norm"]
+        below = due < spacing / 2 * parameters["norm_before"]
+        return np.asarray(present & below & (rates < 0.5 * rate))
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,15 +10,20 @@ import numpy as np
 from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.thresholds import Thresholds
+
+# Tasks whose first losses say what is usual.
+_TASKS = 64
 
 
 class NormExplosion(Rule):
     """A parameter's norm grew by decades within one task.
 
     ## What it does
-    Compares each parameter's norm after every inner step with its norm when the task began. Small
-    parameters (zero-initialised heads, biases) are measured against a fraction of the whole model's
-    norm. A decade counts where the loss is not falling; three decades count always.
+    Compares each parameter's norm after every inner step with its norm when the task began.
+    Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
+    are measured against the median of all. A decade counts where the loss is not falling; three
+    decades count always.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
@@ -103,7 +109,8 @@ class LossExplosion(Rule):
     """A support loss grew by decades within one task.
 
     ## What it does
-    Compares each inner step's loss with the task's first.
+    Compares each inner step's loss with the task's first, and with the median of the tasks' first
+    losses at this line: one sample's loss alone may be anything.
 
     ## Why it is bad
     The steps move away from a solution. Adaptation makes the model worse than no adaptation.
@@ -126,11 +133,27 @@ class LossExplosion(Rule):
     name = "loss-explosion"
     severity = Severity.ERROR
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._firsts: dict[tuple[int, float], deque[float]] = {}
+
+    def _usual(self, frame: Frame) -> Array:
+        """``[S]`` the median of the latest tasks' first losses at each row's line."""
+        lines = frame.block.scalars["site"]
+        first = frame.support & (frame.step == 0) & np.isfinite(frame.first_loss)
+        result = np.zeros(len(frame.block))
+        for line in np.unique(lines[frame.support]):
+            here = lines == line
+            known = self._firsts.setdefault((frame.block.rank, float(line)), deque(maxlen=_TASKS))
+            known.extend(np.abs(frame.first_loss[first & here]).tolist())
+            result[here] = float(np.median(known)) if known else 0.0
+        return result
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step whose loss passed the bound."""
         losses = frame.block.scalars["loss"]
         with np.errstate(invalid="ignore", divide="ignore"):
-            scale = np.fmax(np.abs(frame.first_loss), 1e-2)
+            scale = np.fmax(np.abs(frame.first_loss), np.fmax(self._usual(frame), 1e-2))
             grown = losses / scale >= self.thresholds["loss-growth"]
         over = frame.support & np.asarray(grown)
         for row in frame.first_rows(over):

@@ -10,6 +10,7 @@ import numpy as np
 from divergence_probe.record.schema import FLAGS, MISSING
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.quantities import whole_norm
 from divergence_probe.thresholds import Thresholds
 
 
@@ -18,7 +19,7 @@ class NoMetaGradient(Rule):
 
     ## What it does
     At each outer step, looks at the gradients of the base's parameters; where all are absent (or
-    exactly zero), says which of the known reasons it is.
+    exactly zero although the queries had a gradient), says which of the known reasons it is.
 
     ## Why it is bad
     Meta-training does nothing. The outer optimizer steps without a gradient, silently.
@@ -48,17 +49,24 @@ class NoMetaGradient(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._last: dict[str, object] = {}
+        # since the outer step before: the largest gradient of a query, and of a task's last step
+        self._query = self._support = math.nan
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step without any gradient, after at least one task."""
         for event in frame.events("task-start"):
             self._last = event.data
         gradients = frame.block.parameters["gradient_norm"]
+        previous = 0
         for row in np.flatnonzero(frame.outer):
+            self._note(frame, slice(previous, int(row)))
+            previous = int(row) + 1
             held = frame.block.parameters["norm_before"][row] != MISSING
             # a NaN is a gradient, if a bad one
             nothing = (gradients[row] == MISSING) | (gradients[row] == 0)
-            if not held.any() or not self._last or not nothing.all():
+            lost = (gradients[row] == MISSING).all() or self._was_there()
+            self._query = self._support = math.nan
+            if not held.any() or not self._last or not nothing.all() or not lost:
                 continue
             why, fix = self._reason()
             yield self.at(
@@ -69,6 +77,21 @@ class NoMetaGradient(Rule):
                 evidence={"reason": why},
                 fix=fix,
             )
+        self._note(frame, slice(previous, len(frame.block)))
+
+    def _note(self, frame: Frame, rows: slice) -> None:
+        """The gradients that were there to reach an outer step."""
+        queries = frame.block.scalars["query_gradient"][rows]
+        self._query = float(np.fmax.reduce(queries, initial=self._query))
+        support, tasks = frame.support[rows], frame.task[rows]
+        # (of a task that goes on in the next block, the last one here)
+        last = support & np.append((tasks[1:] != tasks[:-1]) | ~support[1:], True)[: len(tasks)]
+        norms = whole_norm(frame.block.parameters["gradient_norm"][rows][last])
+        self._support = float(np.fmax.reduce(norms, initial=self._support))
+
+    def _was_there(self) -> bool:
+        """Whether the queries had a gradient that did not arrive; a query's may truly be zero."""
+        return self._query != 0 if not math.isnan(self._query) else self._support != 0
 
     def _reason(self) -> tuple[str, str]:
         data = self._last

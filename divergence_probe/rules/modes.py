@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from divergence_probe.record.schema import QUERY, SUPPORT
 from divergence_probe.rules.base import Frame, Rule, TaskFacts
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.quantities import farness
 from divergence_probe.thresholds import Thresholds
 
 #: By task: the row, the layers, and the mode they ran in before and in this row.
@@ -21,6 +23,10 @@ class ModesDiffer(Rule):
     ## What it does
     Follows the mode BatchNorm and dropout layers really ran in, and reports a task whose support
     and query forwards differ in it. Containers' flags alone do not count.
+
+    To train in train mode and to predict in eval mode is what everyone does, and test-time training
+    with it: where no gradient is taken of the query, it is a remark, provided that the running
+    statistics were trained before the task and are close to those of the batch they normalise.
 
     ## Why it is bad
     The weights were adapted under one normalisation and are judged under another.
@@ -43,8 +49,64 @@ class ModesDiffer(Rule):
     severity = Severity.WARNING
     cause = "train-eval-mismatch"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._untrained: set[tuple[int, int]] = set()
+        self._waiting: list[Finding] = []
+        self._queries_trained = False
+
     def check(self, frame: Frame) -> Iterator[Finding]:
-        """One finding a task."""
+        """One finding a task; a prediction's once it is known whether an outer step uses it."""
+        found = {row: (layers, was, now) for row, layers, was, now in self._hits(frame).values()}
+        self._note_untrained(frame)
+        taken = frame.query & (frame.block.scalars["site"] >= 0)
+        for row in map(int, np.flatnonzero(frame.query | frame.outer)):
+            if frame.outer[row]:
+                yield from self._settled(used=not self._queries_trained)
+                self._queries_trained = False
+                continue
+            self._queries_trained |= bool(taken[row])
+            if row not in found:
+                continue
+            finding = self._describe(frame, row, *found[row])
+            if taken[row] or not self._predicts(frame, row, found[row][0]):
+                yield finding
+            else:
+                self._waiting.append(finding)
+        for event in frame.events("task-end"):
+            self._untrained.discard((frame.block.rank, event.task))
+
+    def _note_untrained(self, frame: Frame) -> None:
+        """Tasks that began on statistics no batch had been seen by."""
+        norm = frame.block.batch_norm
+        fresh = ((norm["bn_untrained"] == 1) & (norm["bn_training"] >= 1)).any(1)
+        for row in np.flatnonzero(fresh & frame.support & (frame.step == 0)):
+            self._untrained.add((frame.block.rank, int(frame.task[row])))
+
+    def _predicts(self, frame: Frame, row: int, layers: list[str]) -> bool:
+        """Whether a query in eval mode after adapting in train mode is what everyone does."""
+        if (frame.block.rank, int(frame.task[row])) in self._untrained:
+            return False
+        layout, norm = frame.block.layout, frame.block.batch_norm
+        drops = [i for i, name in enumerate(layout.dropouts) if name in layers]
+        if (frame.block.dropout[row, drops] > 0).any():
+            return False
+        columns = [i for i, name in enumerate(layout.batch_norms) if name in layers]
+        if (norm["bn_training"][row, columns] > 0).any() or (norm["bn_untrained"][row] == 1).any():
+            return False
+        return not (farness(norm, self.thresholds)[row, columns] > 1).any()
+
+    def _settled(self, used: bool) -> Iterator[Finding]:
+        """Give out what waited: predictions, or what an outer step used after all."""
+        waiting, self._waiting = self._waiting, []
+        for finding in waiting:
+            yield finding if used else replace(finding, severity=Severity.INFO)
+
+    def finish(self) -> Iterator[Finding]:
+        """What no outer step followed were predictions."""
+        yield from self._settled(used=False)
+
+    def _hits(self, frame: Frame) -> _Hits:
         hits: _Hits = {}
         for names, values in (
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
@@ -58,8 +120,7 @@ class ModesDiffer(Rule):
                     continue
                 for column in np.flatnonzero(values[row] >= 0):
                     self._compare(facts, phase, names[column], values[row, column], row, hits)
-        for row, layers, was, now in hits.values():
-            yield self._describe(frame, row, layers, was, now)
+        return hits
 
     @staticmethod
     def _compare(

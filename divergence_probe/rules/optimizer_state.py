@@ -250,7 +250,8 @@ class BaseMutated(Rule):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        self._before: dict[object, tuple[int, Array, Array]] = {}
+        self._before: dict[tuple[int, int], tuple[int, Array, Array]] = {}
+        self._instances: dict[tuple[int, int], object] = {}
         self._stepped: dict[object, int] = {}
         self._pending: list[Finding] = []
         self._outer_steps = 0
@@ -277,6 +278,9 @@ class BaseMutated(Rule):
             if outer[row]:
                 self._outer_steps += 1
                 previous = self._before.pop(layout, None)
+                # A copy that lists its parameters otherwise has another layout: the outer step
+                # is between its tasks all the same.
+                self._before = {k: v for k, v in self._before.items() if k[0] != layout[0]}
                 if previous is not None:
                     yield from self._stepped_from(frame, row, before[row], *previous[1:])
             elif support[row]:
@@ -286,11 +290,18 @@ class BaseMutated(Rule):
                 if known is not None and known[0] == int(frame.task[row]):
                     self._before[layout] = (known[0], known[1], after[row])
 
-    def _begin(self, frame: Frame, row: int, layout: object, start: Array) -> Iterator[Finding]:
+    def _begin(
+        self, frame: Frame, row: int, layout: tuple[int, int], start: Array
+    ) -> Iterator[Finding]:
         previous = self._before.get(layout)
-        self._before[layout] = (int(frame.task[row]), start, start)
-        if previous is None or previous[0] == int(frame.task[row]):
-            return
+        task = int(frame.task[row])
+        self._before[layout] = (task, start, start)
+        facts = frame.tasks.get(task)
+        instance = facts.data.get("instance") if facts is not None else None
+        other = self._instances.get(layout, instance) != instance
+        self._instances[layout] = instance
+        if previous is None or previous[0] == task or other:
+            return  # (another model of the same structure begins where it likes)
         _, earlier, ended = previous
         if len(earlier) != len(start):
             return

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from divergence_probe.record.schema import Array
 from divergence_probe.rules.base import Frame, missing_to_nan
+from divergence_probe.thresholds import Thresholds
 
 
 def whole_norm(norms: Array) -> Array:
@@ -40,3 +42,11 @@ def median_rate(frame: Frame, row: int) -> float:
     rates = frame.block.parameters["step_rate"][row]
     rates = rates[np.isfinite(rates)]
     return float(np.median(rates)) if len(rates) else math.nan
+
+
+def farness(norm: Mapping[str, Array], thresholds: Thresholds) -> Array:
+    """``[S, B]`` distance of the running statistics from the batch's; above 1 is too far."""
+    with np.errstate(invalid="ignore"):
+        mean = norm["bn_mean_distance"] / thresholds["statistics-distance"]
+        ratio = np.abs(norm["bn_log_variance_ratio"])
+        return np.fmax(mean, ratio / math.log(thresholds["statistics-ratio"]))

@@ -20,13 +20,28 @@ _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 @dataclass
 class _Course:
-    """How one task's loss and gradient have gone so far."""
+    """How one task's loss and gradient have gone so far.
+
+    Attributes:
+        loss: its latest.
+        gradient: the norm of its latest.
+        descent: the first-order decrease its latest step promised.
+        curvature: step size x curvature of its latest overshoot.
+        lowest: its lowest loss.
+        before: the norm of the gradient before the first of the latest overshoots in a row.
+        overshoots: how many in a row the latest are.
+        by_value: whether the loss's value told one of them.
+        reported: whether a finding was given.
+    """
 
     loss: float = math.nan
     gradient: float = math.nan
     descent: float = math.nan
+    curvature: float = math.nan
     lowest: float = math.inf
+    before: float = math.nan
     overshoots: int = 0
+    by_value: bool = False
     reported: bool = False
 
 
@@ -38,6 +53,11 @@ class StepBeyondStability(Rule):
     further up the far side of the valley than it came down, so the next one is larger still. It
     counts where loss and gradient grow as that predicts, twice in a row (or once by a decade), and
     says at which step the weights overflow if it goes on, and which learning rate would be stable.
+
+    Where the valley has a kink or the far side saturates, two gradients do not show it. There the
+    loss itself bounds the curvature: it cannot fall below 0, so on a quadratic a step that
+    promises a decrease of d from a loss f has a curvature of at least d / 2f. Above 2, with the
+    slope turned round, the loss and the gradient grown, the step went over the valley.
 
     ## Why it is bad
     Loss, gradients and weights grow geometrically until they overflow.
@@ -54,7 +74,8 @@ class StepBeyondStability(Rule):
 
     ## References
     Nesterov, Lectures on Convex Optimization, 2018, section 1.2.3; Cohen et al., Gradient descent
-    on neural networks typically occurs at the edge of stability, 2021.
+    on neural networks typically occurs at the edge of stability, 2021; Polyak, Introduction to
+    Optimization, 1987, section 5.3, on the step a loss's value allows.
     """
 
     code = "LR001"
@@ -65,6 +86,8 @@ class StepBeyondStability(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._courses: dict[tuple[int, int], _Course] = {}
+        # lines whose loss has been negative: it is not bounded by 0 (a policy gradient, a density)
+        self._unbounded: set[tuple[int, float]] = set()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, as soon as the course is clear."""
@@ -73,12 +96,20 @@ class StepBeyondStability(Rule):
         for row in map(int, np.flatnonzero(frame.support & (frame.block.scalars["loss_seen"] > 0))):
             key = (frame.block.rank, int(frame.task[row]))
             course = self._courses.setdefault(key, _Course())
-            if self._overshoots(frame, row, course, float(gradients[row])):
+            loss = float(frame.block.scalars["loss"][row])
+            line = (frame.block.rank, float(frame.block.scalars["site"][row]))
+            if loss < 0:
+                self._unbounded.add(line)
+            bounded = line not in self._unbounded
+            if self._overshoots(frame, row, course, float(gradients[row]), bounded):
+                if not course.overshoots:
+                    course.before = course.gradient
                 course.overshoots += 1
             else:
-                course.overshoots = 0
-            loss = float(frame.block.scalars["loss"][row])
-            if not course.reported and self._is_clear(course, loss, float(frame.first_loss[row])):
+                course.overshoots, course.by_value = 0, False
+            grown = float(gradients[row]) >= 2 * course.before
+            first = float(frame.first_loss[row])
+            if not course.reported and self._is_clear(course, loss, first, grown):
                 course.reported = True
                 yield self._describe(frame, row, course)
             course.loss, course.gradient = loss, float(gradients[row])
@@ -87,29 +118,48 @@ class StepBeyondStability(Rule):
         for event in frame.events("task-end"):
             self._courses.pop((frame.block.rank, event.task), None)
 
-    def _overshoots(self, frame: Frame, row: int, course: _Course, gradient: float) -> bool:
+    def _overshoots(
+        self, frame: Frame, row: int, course: _Course, gradient: float, bounded: bool
+    ) -> bool:
         """Whether the step before this row overshot, and the loss rose as its curvature says."""
         product = float(frame.block.scalars["instability"][row])
         loss = float(frame.block.scalars["loss"][row])
-        if not product > self.thresholds["instability"] or not loss > course.loss:
+        if not loss > course.loss:
             return False
+        if bounded and product > 1 and loss > float(frame.first_loss[row]):
+            # The slope turned round over the step, which was too long for a loss of this size.
+            course.curvature = course.descent / (2 * max(course.loss, 1e-30))
+            if course.curvature > self.thresholds["instability"] and gradient > course.gradient:
+                course.by_value = True
+                return True
+        if not product > self.thresholds["instability"]:
+            return False
+        course.curvature = product
         if not math.isfinite(product) or not math.isfinite(loss):
             return course.overshoots > 0
         predicted = course.descent * (product / 2 - 1)
-        actual = loss - course.loss
-        return gradient > course.gradient and 0.1 * predicted < actual < 100 * predicted
+        # Along a convex loss it rises by no more than the slope where the step ends times the step;
+        # more is not the step's doing, but another batch's (twice, for losses that are not convex).
+        most = 2 * course.descent * (product - 1)
+        return gradient > course.gradient and 0.1 * predicted < loss - course.loss < most
 
-    def _is_clear(self, course: _Course, loss: float, first: float) -> bool:
-        """Whether the growth cannot be noise: twice in a row, or a decade at once."""
+    def _is_clear(self, course: _Course, loss: float, first: float, grown: bool) -> bool:
+        """Whether the growth cannot be noise: twice in a row, or a decade at once.
+
+        Where the loss's value is what tells, loss and gradient must have doubled: a bounded loss
+        (of frequencies, say) is thrown about by steps that are long, and nothing grows.
+        """
         if not course.overshoots or not math.isfinite(first):
             return False
         floor = max(course.lowest, 1e-3 * abs(first), 1e-12)
-        if loss >= 10 * max(floor, abs(first)):
+        if loss >= 10 * max(floor, abs(first), course.loss):
             return True
+        if course.by_value and not (grown and loss > 2 * abs(first)):
+            return False
         return course.overshoots >= 2 and loss > 2 * floor and loss > 0.5 * abs(first)
 
     def _describe(self, frame: Frame, row: int, course: _Course) -> Finding:
-        product = float(frame.block.scalars["instability"][row])
+        product = course.curvature
         rate = float(frame.block.scalars["learning_rate"][row])
         if not math.isfinite(rate):
             rate = median_rate(frame, row)
@@ -175,7 +225,7 @@ class IneffectiveStep(Rule):
         before = missing_to_nan(frame.block.parameters["norm_before"])
         update = missing_to_nan(frame.block.parameters["update_norm"])
         gradient = missing_to_nan(frame.block.parameters["gradient_norm"])
-        moved = np.isfinite(gradient) & (gradient > 0)
+        moved = np.isfinite(gradient) & (gradient > 0) & ~_half(frame)
         with np.errstate(all="ignore"):
             relative = np.where(moved, update / before, np.nan)
             largest = np.nanmax(np.where(np.isfinite(relative), relative, -1.0), axis=1, initial=-1)
@@ -331,10 +381,9 @@ class NoParameterChange(Rule):
         before = missing_to_nan(frame.block.parameters["norm_before"])
         rate = frame.block.scalars["learning_rate"]
         step = np.where(np.isfinite(rate), rate, self.thresholds["ineffective-update"])
-        half = [info.dtype in ("float16", "bfloat16") for info in frame.block.layout.parameters]
         with np.errstate(all="ignore"):
             due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
-        due &= ~np.asarray(half, dtype=bool)
+        due &= ~_half(frame)
         # An update that was not seen (nan) says nothing, so it does not count as still.
         moved = np.isfinite(gradient) & (update != 0)
         return np.asarray(due.any(1) & ~moved.any(1))
@@ -349,6 +398,12 @@ class NoParameterChange(Rule):
                 evidence={"times": float(event.data.get("times", 0))},
                 fix="Give the optimizer the parameters the loss is computed with.",
             )
+
+
+def _half(frame: Frame) -> Flags:
+    """``[P]`` parameters in half precision: what stands still there is rounded away (FX006)."""
+    dtypes = [info.dtype for info in frame.block.layout.parameters]
+    return np.asarray([dtype in ("float16", "bfloat16") for dtype in dtypes], dtype=bool)
 
 
 def _mark(site: str | None, text: str) -> tuple[Mark, ...]:

@@ -47,6 +47,7 @@ _SCALARS = {
     "instability": NAN,
     "carried_gradient": 0.0,
     "carried_velocity": NAN,
+    "query_gradient": NAN,
     "flags": 0.0,
 }
 _PARAMETERS = {

@@ -66,6 +66,19 @@ def test_evaluating_trained_statistics_far_away():
     assert finding.evidence["batches_seen"] == 1.0
 
 
+def test_a_query_of_statistics_that_were_far_off_before_adapting():
+    far = {"bn_mean_distance": [2.5, 0.1]}
+    began, asked = inner(**train(**far)), query(**evaluated(**far))
+    finding = one("BN002", make(began, asked, batch_norms=NORMS))
+    assert (finding.layers, finding.phase) == (("norm1",), "query")
+    assert one("BN002", make(began, batch_norms=NORMS), make(asked, batch_norms=NORMS))
+
+    # moved there by this task's own adaptation, or followed it
+    assert silent("BN002", make(inner(**train()), asked, batch_norms=NORMS))
+    assert silent("BN002", make(began, query(**evaluated()), batch_norms=NORMS))
+    assert silent("BN002", make(began, query(1, **evaluated(**far)), batch_norms=NORMS))
+
+
 def test_evaluating_settled_statistics():
     assert silent("BN002", make(inner(**evaluated()), batch_norms=NORMS))
     untrained = evaluated(bn_untrained=1, bn_mean_distance=9.0)  # which is BN001's

@@ -46,6 +46,21 @@ def test_statistics_that_are_put_back():
     assert silent("BN003", make(moving(0, 0.0, 1.0), moving(1, 0.0, 1.0), batch_norms=NORMS))
 
 
+def known_late(task, first, after):
+    """A copy used for every task: whose buffers its first forward moves is not known yet."""
+    rows = [moving(task, first, after), moving(task, after, after + 1)]
+    unknown = {"bn_shared": 0} if task == 0 else {}
+    return [rows[0] | unknown, rows[1] | {"step": 1}]
+
+
+def test_statistics_are_compared_at_first_forwards():
+    block = make(*known_late(0, 0.0, 1.0), *known_late(1, 0.0, 1.0), batch_norms=NORMS)
+    assert silent("BN003", block)
+
+    block = make(*known_late(0, 0.0, 1.0), *known_late(1, 2.0, 3.0), batch_norms=NORMS)
+    assert one("BN003", block).task == 0
+
+
 def test_statistics_that_go_on_with_the_weights():
     rows = (moving(0, 0.0, 1.0), moving(1, 1.0, 2.0, weights=11.0))
 

@@ -58,12 +58,50 @@ def test_what_was_only_inferred_says_so():
 
 
 def test_half_precision_that_does_not_move():
-    rows = (inner(1), inner(1, 1, update_norm=0.0))
+    rows = (inner(1, update_norm=0.0), inner(1, 1, update_norm=0.0))
 
     finding = one("FX006", make(*rows, dtype="bfloat16"))
 
-    assert place(finding) == ("low-precision", Severity.WARNING, "body.0", 1, 1)
+    assert place(finding) == ("low-precision", Severity.WARNING, "body.0", 1, 0)
     assert finding.evidence["dtype"] == "bfloat16"
+
+
+def rounded(task=0, step=0, **columns):
+    """A step of rate 0.001 that would move a weight of norm 10 by a ten thousandth."""
+    kept = {"update_norm": [2e-5, 2e-5, 1e-3], "step_rate": [2e-5, 2e-5, 1e-3]}
+    return inner(
+        task, step, learning_rate=0.001, **{"gradient_norm": [1, 1, 0.1], **kept, **columns}
+    )
+
+
+def test_half_precision_of_which_little_moves():
+    finding = one("FX006", make(rounded(), rounded(step=1), dtype="bfloat16"))
+
+    assert place(finding) == ("low-precision", Severity.WARNING, "body.0", 0, 0)
+    assert finding.evidence["lost_share"] == pytest.approx(2 / 2.01)
+    by_hand = [rounded(step=step) | {"learning_rate": float("-inf")} for step in (0, 1)]
+    assert one("FX006", make(*by_hand, dtype="bfloat16"))
+
+
+def test_half_precision_that_moves_as_far_as_it_should():
+    whole = {"update_norm": [1e-3, 1e-3, 1e-4], "step_rate": 1e-3}
+    assert silent("FX006", make(rounded(**whole), dtype="bfloat16"))
+    large = rounded(gradient_norm=[100, 100, 10])  # a hundredth of the weights: not rounding
+    assert silent("FX006", make(large, dtype="bfloat16"))
+    assert silent("FX006", make(rounded()))
+
+
+def test_half_precision_that_stands_still_after_it_has_moved():
+    settled = inner(0, 1, update_norm=0.0)
+    assert silent("FX006", make(inner(), settled, dtype="bfloat16"))
+    assert silent("FX006", make(inner(), dtype="bfloat16"), make(settled, dtype="bfloat16"))
+
+
+def test_steps_of_half_precision_are_never_called_too_small():
+    tiny = {"update_norm": 1e-6, "step_rate": 1e-6}
+    assert one("LR002", make(inner(**tiny)))
+    assert silent("LR002", make(inner(**tiny), dtype="bfloat16"))
+    assert one("FX006", make(inner(**tiny), dtype="bfloat16"))
 
 
 def test_half_precision_that_moves_or_has_no_gradient():

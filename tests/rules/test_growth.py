@@ -49,6 +49,16 @@ def test_a_zero_initialised_head_may_grow():
     assert silent("NG001", make(*rows))
 
 
+def test_a_small_parameter_has_no_scale_of_its_own():
+    """A bias of 0.02 in a model of norms around 10 may become 6, whatever the loss does."""
+    first = inner(norm_before=[10, 0.4, 8], norm_after=[10, 0.5, 8])
+    grown = make(first, inner(step=1, norm_after=[10, 6, 8], loss=2.0))
+    assert silent("NG001", grown)
+
+    everything = make(first, inner(step=1, norm_after=[10, 90, 8], loss=2.0))
+    assert one("NG001", everything).layer == "body.0"
+
+
 def test_growth_is_measured_from_the_task_start_over_blocks():
     rows = grown(150.0)
 
@@ -79,6 +89,17 @@ def test_a_loss_that_grows_by_decades():
 
 def test_a_loss_that_doubles_is_noise():
     assert silent("LG001", make(inner(loss=2.0), inner(step=1, loss=4.0), inner(step=2, loss=1.0)))
+
+
+def test_one_easy_sample_does_not_make_the_next_loss_an_explosion():
+    usual = [inner(task, loss=1.0) for task in range(3)]
+    easy = [inner(3, loss=0.01), inner(3, step=1, loss=2.0)]
+
+    assert silent("LG001", make(*usual, *easy))
+    assert one("LG001", make(*easy)).evidence["loss"] == 2.0
+    assert one("LG001", make(*usual, inner(3, loss=0.01), inner(3, step=1, loss=150.0)))
+    elsewhere = [inner(task, loss=1.0, site=1) for task in range(3)]
+    assert one("LG001", make(*elsewhere, *easy))
 
 
 def test_a_loss_that_began_at_zero_has_a_floor():

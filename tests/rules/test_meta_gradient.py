@@ -14,6 +14,7 @@ from .blocks import (
     one,
     outer,
     place,
+    query,
     second_order,
     silent,
     start,
@@ -28,6 +29,24 @@ def test_an_outer_step_without_a_gradient(gradient):
 
     assert place(finding) == ("no-meta-gradient", Severity.ERROR, None, None, None)
     assert finding.phase == "outer" and finding.marks[0].site == OUTER_SITE
+
+
+def test_a_gradient_that_truly_is_zero():
+    copied = start(copied=True)
+    asked = query(query_gradient=0.0), query(1, query_gradient=0.0)
+    assert silent("MG001", make(inner(), *asked, outer(gradient_norm=0.0), events=[copied]))
+    lost = query(1, query_gradient=2.0)
+    assert one("MG001", make(inner(), asked[0], lost, outer(gradient_norm=0.0), events=[copied]))
+    # an absent one is another matter
+    assert one("MG001", make(inner(), *asked, NOTHING, events=[copied]))
+
+
+def test_where_no_query_was_seen_the_last_inner_steps_speak():
+    zero = outer(gradient_norm=0.0)
+    dead = [inner(0, 0), inner(0, 1, gradient_norm=0.0)]
+    assert silent("MG001", make(*dead, zero, events=[start()]))
+    assert one("MG001", make(*dead, inner(1), zero, events=[start()]))
+    assert one("MG001", make(*dead, inner(1), events=[start()]), make(zero))
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,53 @@ def test_dropout_in_a_query_that_is_trained_on():
 
 def test_dropout_that_passes_everything_through():
     assert silent("MODE003", make(inner(dropout=1), query(dropout=0), dropouts=["drop"]))
+
+
+def predicted(task=0, **columns):
+    """A query no gradient is taken of: it has no line of its own."""
+    return query(task, **{"site": -1, **columns})
+
+
+def test_a_prediction_in_eval_mode_is_what_everyone_does():
+    finding = one("MODE001", make(inner(**train()), predicted(**evaluated()), batch_norms=NORMS))
+
+    assert place(finding) == ("train-eval-mismatch", Severity.INFO, "norm1", 0, None)
+    drop = make(inner(dropout=1), predicted(dropout=0), dropouts=["drop"])
+    assert one("MODE001", drop).severity is Severity.INFO
+
+
+def test_a_prediction_from_statistics_that_do_not_fit():
+    far = evaluated(bn_mean_distance=[0.2, 1.5])
+    block = make(inner(**train()), predicted(**far), batch_norms=NORMS)
+    assert one("MODE001", block).severity is Severity.WARNING
+
+    fresh = inner(**train(bn_untrained=1))  # moved by this task's own few batches only
+    block = make(fresh, predicted(**evaluated()), batch_norms=NORMS)
+    assert one("MODE001", block).severity is Severity.WARNING
+    still = make(inner(**train()), predicted(**evaluated(bn_untrained=1)), batch_norms=NORMS)
+    assert one("MODE001", still).severity is Severity.WARNING
+
+
+def test_a_prediction_in_train_mode_after_adapting_in_eval_mode():
+    block = make(inner(**evaluated()), predicted(**train()), batch_norms=NORMS)
+    assert one("MODE001", block).severity is Severity.WARNING
+    drop = make(inner(dropout=0), predicted(dropout=1), dropouts=["drop"])
+    assert one("MODE001", drop).severity is Severity.WARNING
+
+
+def test_a_query_an_outer_step_uses_is_no_prediction():
+    """Losses of several queries may be summed first: then no task has a gradient of its own."""
+    rows = (inner(**train()), predicted(**evaluated()))
+    assert one("MODE001", make(*rows, outer(), batch_norms=NORMS)).severity is Severity.WARNING
+    blocks = make(*rows, batch_norms=NORMS), make(outer(), batch_norms=NORMS)
+    assert one("MODE001", *blocks).severity is Severity.WARNING
+
+
+def test_predictions_between_two_outer_steps():
+    """The outer step belongs to the tasks whose queries a gradient was taken of."""
+    rows = (
+        inner(**train()), predicted(**evaluated()), inner(1, **train()), query(1, **train()),
+        outer(),
+    )  # fmt: skip
+
+    assert one("MODE001", make(*rows, batch_norms=NORMS)).severity is Severity.INFO

@@ -93,6 +93,29 @@ def test_a_base_that_is_restored_or_moved_by_an_outer_step():
     assert silent("BASE001", make(*rows))
 
 
+def test_an_outer_step_of_the_same_weights_in_another_layout():
+    """A copy that lists more parameters than the base was adapted before and after it."""
+    longer = ("body.0.weight", "body.0.bias", "head.weight", "extra")
+    first, second = (
+        make(task(0, 10, 12), parameters=longer),
+        make(task(1, 11, 13), parameters=longer),
+    )
+    for block in (first, second):
+        block.layout.index = 1
+    step = make(outer(norm_before=10, norm_after=11))
+
+    assert silent("BASE001", first, step, second)
+    assert one("BASE001", first, second)
+
+
+def test_another_model_of_the_same_structure_begins_where_it_likes():
+    other = make(task(1, 12, 14), events=[start(1, instance=2)])
+    assert silent("BASE001", make(task(0, 10, 12), events=[start(0, instance=1)]), other)
+
+    same = make(task(1, 12, 14), events=[start(1, instance=1)])
+    assert one("BASE001", make(task(0, 10, 12), events=[start(0, instance=1)]), same)
+
+
 def test_an_outer_step_that_starts_where_the_inner_loop_ended():
     finding = one("BASE001", make(task(0, 10, 12), outer(norm_before=12, norm_after=13)))
 

@@ -57,6 +57,63 @@ def test_the_limit_can_be_set():
     assert silent("LR001", quadratic(2.5), instability=2.6)
 
 
+def test_a_rise_that_the_slope_does_not_explain_is_another_batch():
+    """0.03 to 3 over a step that promised 0.001: a sample of another class, not the step."""
+    rows = quadratic(6.0, steps=3)
+    assert one("LR001", rows).step == 1
+    rows.parameters["gradient_norm"] /= 30  # the decrease a step promises goes with its square
+    assert silent("LR001", rows)
+
+
+def test_a_decade_counts_over_one_step_only():
+    rows = quadratic(2.2, steps=2)
+    rows.scalars["loss"][:] = 0.4, 0.5
+    first = make(inner(0, loss=0.03, instability=NAN), parameters=ONE)
+    rows.scalars["step"] += 1
+    rows.scalars["instability"][0] = 0.5
+
+    assert silent("LR001", first, rows)
+
+
+def kinked(losses=(1.5, 0.7, 3.0, 9.0), product=1.2, rate=0.1, task=0):
+    """Steps into a wall: the slope just turns round, the decrease promised is above the loss."""
+    gradients = [(0.5, 6.0, 20.0, 40.0)[step] for step in range(len(losses))]
+    return [
+        inner(
+            task, step, loss=losses[step], instability=product if step else NAN,
+            gradient_norm=gradient, update_norm=rate * gradient, step_rate=rate, norm_after=10.0,
+        )
+        for step, gradient in enumerate(gradients)
+    ]  # fmt: skip
+
+
+def test_steps_over_a_valley_with_a_wall():
+    finding = one("LR001", make(*kinked(), parameters=ONE))
+
+    assert place(finding) == ("inner-lr-too-high", Severity.WARNING, "layer", 0, 3)
+    decrease = 0.1 * 20.0**2  # from a loss of 3
+    assert finding.evidence["step_size_x_curvature"] == pytest.approx(decrease / (2 * 3.0))
+
+
+def test_a_rising_loss_that_the_step_is_not_too_long_for():
+    assert silent("LR001", make(*kinked(rate=0.001), parameters=ONE))  # another batch, say
+    assert silent("LR001", make(*kinked(product=0.8), parameters=ONE))  # the slope goes on
+    assert silent("LR001", make(*kinked((90.0, 0.7, 3.0, 9.0)), parameters=ONE))
+
+
+def test_a_bounded_loss_that_long_steps_throw_about():
+    block = make(*kinked((0.04, 0.07, 0.11, 0.12), rate=0.1), parameters=ONE)
+    block.parameters["gradient_norm"][:, 0] = 2.0, 2.4, 2.6, 2.7
+    assert silent("LR001", block)
+    assert silent("LR001", make(*kinked((1.5, 0.7, 1.6, 2.0)), parameters=ONE))
+
+
+def test_a_loss_that_zero_does_not_bound():
+    """A policy gradient's is zero on average: how far it could fall is not known from its value."""
+    first = inner(0, loss=-0.1, gradient_norm=1.0)
+    assert silent("LR001", make(first, *kinked(task=1), parameters=ONE))
+
+
 def tiny(update, loss=1.0):
     return [inner(0, step, update_norm=update, loss=loss) for step in range(3)]
 

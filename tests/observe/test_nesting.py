@@ -1,0 +1,131 @@
+"""What is an inner loop, and what only looks like one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import divergence_probe
+
+STEPS = 4
+
+
+def watched(run):
+    """The summary of what was recorded of ``run()``."""
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        run()
+    return probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def batch():
+    x = torch.randn(16, 4)
+    return x, (x[:, 0] > 0).long()
+
+
+def train(net, steps=STEPS, penalty=lambda: 0.0):
+    x, y = batch()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (F.cross_entropy(net(x), y) + penalty()).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("copies", "expected"), [(1, (0, 0)), (3, (3, 3 * STEPS))])
+def test_one_copy_is_fine_tuned_and_several_are_adapted(copies, expected):
+    base = network()
+    alive = []  # as in a script, until the end
+
+    def run():
+        for _ in range(copies):
+            learner = copy.deepcopy(base)
+            alive.append((learner, train(learner)))
+
+    assert watched(run) == expected
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_phases_of_one_training_are_inner_loops_where_weights_move_between(moved):
+    """Reptile moves them; a new optimizer for every phase does not."""
+    net = network()
+
+    def run():
+        for _ in range(4):
+            start = [p.detach().clone() for p in net.parameters()]
+            train(net)
+            with torch.no_grad():
+                for p, before in zip(net.parameters(), start, strict=True):
+                    p.lerp_(before, 0.5 if moved else 0.0)
+
+    tasks, _ = watched(run)
+    assert bool(tasks) is moved
+
+
+def importances(net):
+    """The squared gradients of elastic weight consolidation."""
+    x, y = batch()
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    return [p.grad.detach() ** 2 for p in net.parameters()]
+
+
+def test_a_penalty_made_of_squared_gradients_is_no_update():
+    net = network()
+
+    def run():
+        train(net)
+        for _ in range(3):
+            weights, stars = importances(net), [p.detach().clone() for p in net.parameters()]
+
+            def penalty(weights=weights, stars=stars):
+                zipped = zip(net.parameters(), weights, stars, strict=True)
+                return sum((w * (p - star) ** 2).sum() for p, w, star in zipped)
+
+            train(net, penalty=penalty)
+
+    assert watched(run) == (0, 0)
+
+
+def test_importances_collected_along_the_way_are_no_update():
+    """Synaptic intelligence: gradient times the way a weight has come."""
+    net = network()
+    old = [p.detach().clone() for p in net.parameters()]
+    collected = [torch.zeros_like(p) for p in net.parameters()]
+
+    def run():
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for _ in range(8):
+            x, y = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            for p, start, omega in zip(net.parameters(), old, collected, strict=True):
+                omega.add_(-p.grad * (p.detach() - start))
+            optimizer.step()
+
+    assert watched(run) == (0, 0)
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_one_step_on_weights_that_are_only_multiplied_is_an_update(differentiable):
+    scale, shift = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([scale, shift], lr=0.01)
+
+    def run():
+        for _ in range(3):
+            x, y = torch.randn(10, 3), torch.randn(10, 3)
+            loss = F.mse_loss(x * scale + shift, y)
+            grads = torch.autograd.grad(loss, (scale, shift), create_graph=differentiable)
+            a, b = (p - 0.1 * g for p, g in zip((scale, shift), grads, strict=True))
+            optimizer.zero_grad()
+            F.mse_loss(x * a + b, y).backward()
+            optimizer.step()
+
+    assert watched(run) == (3, 3)

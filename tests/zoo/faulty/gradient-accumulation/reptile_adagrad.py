@@ -1,0 +1,30 @@
+"""Reptile on copies of a GroupNorm net; the gradients of earlier steps are never cleared."""
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+torch.manual_seed(14)
+torch.set_num_threads(1)
+
+
+def episode(shots=5, ways=4):
+    protos = torch.randn(ways, 1, 8, 8)
+    y = torch.arange(ways).repeat(shots)
+    return [(protos[y] + 0.5 * torch.randn(len(y), 1, 8, 8), y) for _ in range(2)]
+
+
+net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
+for it in range(8):
+    (x, y), _ = episode()
+    learner = copy.deepcopy(net)
+    inner = torch.optim.Adagrad(learner.parameters(), lr=0.01)
+    for _ in range(5):
+        loss = F.cross_entropy(learner(x), y)
+        loss.backward()
+        inner.step()
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), learner.parameters()):
+            p += 0.3 * (q - p)
+    print(it, loss.item())
