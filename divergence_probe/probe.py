@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from divergence_probe.diagnosis.analysis import SWITCHED_OFF, Analysis
 from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
 from divergence_probe.errors import DivergenceDetected, UsageError
+from divergence_probe.ranks import Place, place
 from divergence_probe.record.reader import Recording
 from divergence_probe.record.schema import SCHEMA_VERSION, Block
 from divergence_probe.record.writer import Writer
@@ -224,6 +225,7 @@ class _Watch:
         self._writer: Writer | None = None
         self._folder: Path | None = None
         self._lines: InnerLines | None = None
+        self._place = Place()
         self._seconds = 0.0
         self._exception: ExceptionReport | None = None
 
@@ -239,7 +241,8 @@ class _Watch:
             folder = Path(tempfile.mkdtemp(prefix="divergence-probe-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
-        rank = int(os.environ.get("RANK") or 0)  # as torchrun sets it
+        self._place = place()
+        rank = self._place.rank
         self._writer = Writer(folder, self._meta(), rank, force=self._probe._force)
         self._lines = InnerLines()
         self._session = Session(self, Guard(), rank)
@@ -387,5 +390,6 @@ class _Watch:
             "torch": torch.__version__,
             "started": time.time(),
             "complete": False,
+            **({"world": self._place.world} if self._place.several else {}),
             **self._probe._extra_meta,
         }

@@ -139,6 +139,8 @@ class Rule:
     name: ClassVar[str]
     severity: ClassVar[Severity]
     cause: ClassVar[str | None] = None
+    #: Whether one instance sees the frames of all ranks; else there is one for each rank.
+    across_ranks: ClassVar[bool] = False
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds

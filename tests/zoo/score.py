@@ -2,7 +2,8 @@
 
 ``python -m tests.zoo.score`` prints the table; ``--write docs/accuracy.md`` writes it;
 ``--only TEXT`` runs scripts whose path contains TEXT. Each script runs as
-``probe run --json ... SCRIPT`` in a process of its own, forked from one that has torch imported.
+``probe run --json ... SCRIPT`` in a process of its own, forked from one that has torch imported; in
+as many as ``ranks`` in the expectations says, as under torchrun.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -137,12 +139,26 @@ def _run(script: str, expected: dict[str, Any]) -> Score:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        child = os.fork()
-        if child == 0:
-            _child(HERE / script, Path(folder), report)
-        code = _wait(child)
+        children = []
+        for place in _places(expected.get("ranks", 1)):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.environ.update(place)
+                _child(HERE / script, Path(folder), report)
+        code = [_wait(child) for child in children][0]  # rank 0's
         data = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     return Score(script, expected, data, code, time.perf_counter() - started)
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun sets it."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _child(script: Path, folder: Path, report: Path) -> None:
