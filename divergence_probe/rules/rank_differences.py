@@ -89,8 +89,8 @@ def modes(number: int, windows: Mapping[int, Window]) -> Difference | bool:
                 odd,
                 "modes",
                 f"{layer} runs in {_MODES[ran[odd[0]]]} mode on {ranks_of(odd)} and in "
-                f"{_MODES[ran[against]]} mode on rank {against} in the {PHASES[phase]} phase, from "
-                f"outer step {number} on",
+                f"{_MODES[ran[against]]} mode on rank {against} in the {PHASES[phase]} phase, "
+                f"{since(number)}",
                 "Call net.train() and net.eval() on every rank alike, and net.train() again after "
                 "an evaluation on rank 0 only.",
                 PHASES[phase],
@@ -116,7 +116,7 @@ def lengths(number: int, windows: Mapping[int, Window]) -> Difference | bool:
         odd,
         "numbers of inner steps",
         f"{ranks_of(odd)} took {taken[odd[0]]} inner steps a task and rank {against} "
-        f"{taken[against]}, from outer step {number} on",
+        f"{taken[against]}, {since(number)}",
         "Give every rank the same number of inner steps.",
         "support",
         _here(windows[odd[0]], "another number of steps on", odd),
@@ -140,7 +140,7 @@ def rates(number: int, windows: Mapping[int, Window]) -> Difference | bool:
                 odd,
                 "inner learning rates",
                 f"the inner learning rate is {of_rank[odd[0]]:.4g} on {ranks_of(odd)} and "
-                f"{of_rank[against]:.4g} on rank {against}, from outer step {number} on",
+                f"{of_rank[against]:.4g} on rank {against}, {since(number)}",
                 "Give every rank the same inner learning rate; where it is learned, average its "
                 "gradient over the ranks too.",
                 "support",
@@ -181,6 +181,11 @@ def ranks_of(ranks: tuple[int, ...]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+
+
+def since(number: int) -> str:
+    """From which outer step on, in words."""
+    return f"from outer step {number} on" if number else "from the start"
 
 
 def _tasks(windows: Mapping[int, Window]) -> int:

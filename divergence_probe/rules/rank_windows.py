@@ -143,8 +143,9 @@ def same_rate(one: float, other: float) -> bool:
 
 def _measured_rates(parameters: Mapping[str, Array], rows: Rows) -> Array:
     """``[S]`` the rate of plain descent where every parameter moved by it, else nan."""
-    rates = parameters["step_rate"][rows]
-    moved = np.isfinite(rates) & (parameters["gradient_norm"][rows] > 0)
+    rates, gradients = parameters["step_rate"][rows], parameters["gradient_norm"][rows]
+    # Of a gradient that is little more than rounding (a bias before BatchNorm) it says nothing.
+    moved = np.isfinite(rates) & (gradients > 1e-3 * gradients.max(1, keepdims=True, initial=0.0))
     low = np.where(moved, rates, np.inf).min(1, initial=np.inf)
     high = np.where(moved, rates, -np.inf).max(1, initial=-np.inf)
     with np.errstate(invalid="ignore"):

@@ -10,7 +10,14 @@ from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules import rank_differences
 from divergence_probe.rules.base import Frame, Rule, missing_to_nan
 from divergence_probe.rules.finding import Finding, Mark, Severity
-from divergence_probe.rules.rank_differences import Course, Difference, first_of, parted, ranks_of
+from divergence_probe.rules.rank_differences import (
+    Course,
+    Difference,
+    first_of,
+    parted,
+    ranks_of,
+    since,
+)
 from divergence_probe.rules.rank_windows import Rows, State, Window, names_of
 from divergence_probe.thresholds import Thresholds
 
@@ -19,13 +26,13 @@ _BEHIND = 4096
 _SETTINGS = (rank_differences.modes, rank_differences.lengths, rank_differences.rates)
 _BROADCAST = (
     "for tensor in net.state_dict().values():\n"
-    "    torch.distributed.broadcast(tensor, src=0)   # once, before the first outer step"
+    "    torch.distributed.broadcast(tensor, src=0)  # once, before training"
 )
 _AVERAGE = (
-    "for p in net.parameters():                       # before every outer step\n"
+    "for p in net.parameters():  # before every outer step\n"
     "    torch.distributed.all_reduce(p.grad)\n"
     "    p.grad /= torch.distributed.get_world_size()\n"
-    "# DistributedDataParallel does this only for forwards that go through its wrapper."
+    "# DistributedDataParallel does it for forwards through its wrapper only"
 )
 
 
@@ -223,20 +230,18 @@ class RankDivergence(Rule):
         columns = np.flatnonzero(~self._equal(here, there))
         column = int(columns[0])
         if not self._weights.agreed:
-            since, reason, fix = "from the start", "", _BROADCAST
+            reason, fix = "", _BROADCAST
         elif self._weights.gradients_differ:
-            since = f"from outer step {number} on"
             reason = f": the gradients of outer step {number - 1} were not averaged over the ranks"
             fix = _AVERAGE
         else:
-            since = f"from outer step {number} on"
             reason = f": outer step {number - 1} did something else with equal gradients"
             fix = "Give every rank the same outer optimizer, learning rate and schedule."
         return Difference(
             number,
             odd,
             "base weights",
-            f"the base weights on {ranks_of(odd)} are not rank {against}'s {since} "
+            f"the base weights on {ranks_of(odd)} are not rank {against}'s {since(number)} "
             f"({names[column]} ‖w‖ {here[column]:.6g} against {there[column]:.6g}){reason}",
             fix,
             "outer",
@@ -304,7 +309,7 @@ class RankDivergence(Rule):
         if self._weights.independent:
             rest = "; neither weights nor gradients are shared: are these runs independent?"
             return self._describe(first, Severity.INFO, rest)
-        rest = "".join(f"; {one.what} differ from outer step {one.number} on" for one in later)
+        rest = "".join(f"; {one.what} differ {since(one.number)}" for one in later)
         return self._describe(first, self.severity, rest)
 
     def _describe(self, difference: Difference, severity: Severity, rest: str) -> Finding:

@@ -145,7 +145,7 @@ def _run(script: str, expected: dict[str, Any]) -> Score:
             if children[-1] == 0:
                 os.environ.update(place)
                 _child(HERE / script, Path(folder), report)
-        code = [_wait(child) for child in children][0]  # rank 0's
+        code, *_ = [_wait(child) for child in children]  # rank 0's
         data = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     return Score(script, expected, data, code, time.perf_counter() - started)
 
