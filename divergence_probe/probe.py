@@ -23,6 +23,7 @@ from divergence_probe.record.schema import SCHEMA_VERSION, Block
 from divergence_probe.record.writer import Writer
 from divergence_probe.report.presented import PresentedDiagnosis
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.registry import select as selected
 from divergence_probe.rules.selection import Selection
 from divergence_probe.thresholds import Thresholds
 from divergence_probe.version import __version__
@@ -172,9 +173,9 @@ def attach(
     raise_on: Level | None = None,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    intent: Iterable[str] = (),
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    intent: str | Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
     on_finding: Callable[[Finding], None] | None = None,
     inner: Any = (),
@@ -189,8 +190,8 @@ def attach(
             as soon as a finding of that severity is made.
         output: folder of the recording; a temporary one, gone with the probe, by default.
         force: replace a recording already in ``output``.
-        select: rule codes or prefixes to keep.
-        ignore: rule codes or prefixes to drop; ``CODE:GLOB`` for layers only.
+        select: rule codes or prefixes to keep; ``CODE:GLOB`` for the layers that match.
+        ignore: likewise to drop.
         intent: what is meant, so that it is not remarked on, such as ``"reptile"``.
         thresholds: overrides by name.
         on_finding: called with each finding of a new kind, as it is made.
@@ -199,7 +200,7 @@ def attach(
 
     Raises:
         RecordingError: ``output`` cannot be written, or holds a recording already.
-        UsageError: an unknown intent or threshold.
+        UsageError: an unknown code, intent or threshold, or a bad glob.
         DivergenceDetected: with ``raise_on``, from inside the loop.
     """
     return Probe(
@@ -207,7 +208,7 @@ def attach(
         raise_on=raise_on,
         output=output,
         force=force,
-        selection=Selection(tuple(select), tuple(ignore), tuple(intent)),
+        selection=selected(select, ignore, intent, "attach({}=...)"),
         thresholds=Thresholds(thresholds),
         on_finding=on_finding,
         inner=inner if isinstance(inner, list | tuple) else (inner,),
