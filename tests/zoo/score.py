@@ -118,14 +118,18 @@ def expectations() -> dict[str, dict[str, Any]]:
     return tomllib.loads((HERE / "expected.toml").read_text(encoding="utf-8"))
 
 
-def run(scripts: Iterable[tuple[str, dict[str, Any]]], echo: bool = False) -> list[Score]:
-    """Run scripts one after the other."""
-    import higher  # noqa: F401 - imported once here instead of in every child
+def preload() -> None:
+    """Import once what would be imported in every child."""
+    import higher  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torchopt  # noqa: F401
 
     import divergence_probe.watched_run  # noqa: F401
 
+
+def run(scripts: Iterable[tuple[str, dict[str, Any]]], echo: bool = False) -> list[Score]:
+    """Run scripts one after the other."""
+    preload()
     scores = []
     for script, expected in scripts:
         score = _run(script, expected)
@@ -144,8 +148,8 @@ def _run(script: str, expected: dict[str, Any]) -> Score:
             children.append(os.fork())
             if children[-1] == 0:
                 os.environ.update(place)
-                _child(HERE / script, Path(folder), report)
-        code, *_ = [_wait(child) for child in children]  # rank 0's
+                become_probe(HERE / script, Path(folder), report)
+        code, *_ = [wait_for(child) for child in children]  # rank 0's
         data = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     return Score(script, expected, data, code, time.perf_counter() - started)
 
@@ -161,25 +165,28 @@ def _places(ranks: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _child(script: Path, folder: Path, report: Path) -> None:
-    """Become ``probe run``: never returns."""
+def become_probe(
+    script: Path, folder: Path, report: Path, *options: str, seconds: int = SECONDS
+) -> None:
+    """Be ``probe run`` in ``folder``, its output in the file ``log`` there; never returns."""
     code = 70
     try:
         os.chdir(folder)
         log = os.open("log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         from divergence_probe.cli import main
 
-        code = main(["run", "-o", "recording", "--json", str(report), str(script)])
+        code = main(["run", "-o", "recording", "--json", str(report), *options, str(script)])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     finally:
         os._exit(code)
 
 
-def _wait(child: int) -> int:
+def wait_for(child: int) -> int:
+    """Its exit code."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
