@@ -34,8 +34,9 @@ UNOBSERVED_ADVICE = (
     "`with divergence_probe.attach(model):`.",
     "Check that the adaptation is reached at all: a data loader of length 0, a checkpoint that "
     "skips training, or `num_inner_steps=0` look just like this.",
-    "Work done in another process (DataLoader workers, `mp.spawn`, torchrun) is seen only when "
-    "that process is watched too: call `divergence_probe.attach()` inside it.",
+    "Work done in another process (DataLoader workers, `mp.spawn`) is seen only when that process "
+    "is watched too: call `divergence_probe.attach()` inside it; torchrun takes "
+    "`-m divergence_probe run` before the script.",
     "A loop that adapts one model in place and never starts over looks like ordinary training: "
     "name its optimizer with `--inner-optimizer NAME`, or `attach(inner=optimizer)`.",
     "A step that torch.compile runs whole cannot be observed: run it once uncompiled.",
