@@ -122,7 +122,7 @@ def plan(diagnosis: Diagnosis) -> tuple[str, ...]:
         if finding.severity > Severity.INFO and finding.cause is not None:
             names += PROOFS.get(finding.cause, ())[:1]
     if diagnosis.verdict == "diverged":
-        if any({"eval", "mixed"} & set(row.modes.values()) for row in diagnosis.batch_norm):
+        if any("eval" in m for row in diagnosis.batch_norm for m in row.modes.values()):
             names.append("batch-statistics")
         names.append(SMALLER_RATE)
     elif cause.cause != "inner-lr-too-high":

@@ -37,6 +37,7 @@ class Engine:
         self._across = [rule(self.thresholds) for rule in running if rule.across_ranks]
         self._tasks: dict[tuple[int, int], TaskFacts] = {}
         self._folded: dict[tuple[object, ...], Finding] = {}
+        self._last_task: dict[tuple[object, ...], int | None] = {}
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -83,7 +84,15 @@ class Engine:
         layers = first.layers + tuple(x for x in finding.layers if x not in first.layers)
         worse = finding.severity > first.severity
         kept = finding if worse else first
-        self._folded[key] = replace(kept, count=first.count + finding.count, layers=layers)
+        # A task that is long, or in which several layers are concerned, is still one task.
+        again = finding.unit == "task" and finding.task == self._last_task.get(key, first.task)
+        self._last_task[key] = finding.task
+        self._folded[key] = replace(
+            kept,
+            count=first.count + (0 if again else finding.count),
+            layers=layers,
+            unit=first.unit if first.unit == finding.unit else "time",
+        )
         return worse
 
     def _frame(self, block: Block) -> Frame:

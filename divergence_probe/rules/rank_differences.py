@@ -88,9 +88,9 @@ def modes(number: int, windows: Mapping[int, Window]) -> Difference | bool:
                 number,
                 odd,
                 "modes",
-                f"{layer} runs in {_MODES[ran[odd[0]]]} mode on {ranks_of(odd)} and in "
-                f"{_MODES[ran[against]]} mode on rank {against} in the {PHASES[phase]} phase, "
-                f"{since(number)}",
+                f"{first_of(windows).spoken[layer]} runs in {_MODES[ran[odd[0]]]} mode on "
+                f"{ranks_of(odd)} and in {_MODES[ran[against]]} mode on rank {against} in the "
+                f"{PHASES[phase]} phase, {since(number)}",
                 "Call net.train() and net.eval() on every rank alike, and net.train() again after "
                 "an evaluation on rank 0 only.",
                 PHASES[phase],

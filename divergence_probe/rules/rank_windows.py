@@ -46,6 +46,7 @@ class Window:
         rates_vary: whether tasks had different ones.
         lengths: inner steps taken, by task.
         modes: :data:`EVAL`, :data:`TRAIN` or both, by (phase, layer).
+        spoken: names of those layers for a sentence.
         statistics: of the base, by layer.
         start: ``[P]`` norms of the weights its first task started from.
         names: of those.
@@ -56,6 +57,7 @@ class Window:
     rates_vary: bool = False
     lengths: dict[int, int] = field(default_factory=dict)
     modes: dict[tuple[int, str], int] = field(default_factory=dict)
+    spoken: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     start: Array | None = None
     names: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ class Window:
                 mode = EVAL * int(evaluated[column]) | TRAIN * int(trained[column])
                 key = (phase, layers[column])
                 self.modes[key] = self.modes.get(key, 0) | mode
+                self.spoken[key[1]] = frame.called(key[1:])
 
 
 @dataclass

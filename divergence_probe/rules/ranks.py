@@ -179,17 +179,18 @@ class RankDivergence(Rule):
         if not odd:
             return
         untrained = tuple(rank for rank, one in known.items() if one.untrained)
+        spoken = first_of(windows).spoken.get(layer, layer)
         used = all(one.used for one in known.values())
         if used and untrained and len(untrained) < len(known):
             severity, ranks = Severity.WARNING, untrained
             text = (
-                f"{layer} normalises with running statistics that were never trained on "
+                f"{spoken} normalises with running statistics that were never trained on "
                 f"{ranks_of(untrained)}, and with trained ones elsewhere"
             )
         else:
             severity, ranks = Severity.INFO, odd
             text = (
-                f"the running statistics of {layer} on {ranks_of(odd)} are not rank {against}'s "
+                f"the running statistics of {spoken} on {ranks_of(odd)} are not rank {against}'s "
                 f"(‖mean‖ {known[odd[0]].norm:.4g} against {known[against].norm:.4g}), as they are "
                 "where each rank sees its own tasks; what rank 0 saves holds its own"
             )
