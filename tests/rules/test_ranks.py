@@ -273,13 +273,23 @@ def test_blocks_in_any_order_say_the_same():
     assert findings("RANK001", *zero, *odd) == findings("RANK001", *turns) != ()
 
 
-def test_what_was_done_before_there_was_a_group_need_not_be_alike():
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_what_was_done_before_there_was_a_group_need_not_be_alike(blocks):
     def rank_blocks(rank):
-        alone = make(inner(), outer(norm_before=5 + rank), rank=rank)
-        later = Event("process-group", -1, -1, 9.5, None, {"world": 2})
-        together = make(
-            inner(1), outer(norm_before=7), query(1), rank=rank, events=[later], since=10.0
-        )
-        return alone, together
+        made = Event("process-group", -1, -1, 1.5, None, {"world": 2})
+        alone = [inner(learning_rate=1 + rank), outer(norm_before=5 + rank)]
+        together = [inner(1), outer(norm_before=7), query(1)]
+        if blocks == 1:
+            return [make(*alone, *together, rank=rank, events=[made])]
+        return [make(*alone, rank=rank), make(*together, rank=rank, events=[made], since=2.0)]
 
     assert silent("RANK001", *rank_blocks(0), *rank_blocks(1))
+    others = [inner(2), inner(3), outer(norm_before=9)]
+    odd = [inner(task, learning_rate=0.5) for task in (2, 3)] + [outer(norm_before=9)]
+    ranks = [
+        [*rank_blocks(rank), make(*rows, rank=rank, since=9.0)]
+        for rank, rows in enumerate((others, odd))
+    ]
+    found = one("RANK001", *ranks[0], *ranks[1])
+    assert "learning rate is 0.5 on rank 1" in found.message
+    assert "from outer step 2 on" in found.message
