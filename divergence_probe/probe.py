@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from divergence_probe.diagnosis.analysis import SWITCHED_OFF, Analysis
 from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
 from divergence_probe.errors import DivergenceDetected, UsageError
+from divergence_probe.ranks import Place, place
 from divergence_probe.record.reader import Recording
 from divergence_probe.record.schema import SCHEMA_VERSION, Block
 from divergence_probe.record.writer import Writer
 from divergence_probe.report.presented import PresentedDiagnosis
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.registry import select as selected
 from divergence_probe.rules.selection import Selection
 from divergence_probe.thresholds import Thresholds
 from divergence_probe.version import __version__
@@ -171,9 +173,9 @@ def attach(
     raise_on: Level | None = None,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    intent: Iterable[str] = (),
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    intent: str | Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
     on_finding: Callable[[Finding], None] | None = None,
     inner: Any = (),
@@ -188,8 +190,8 @@ def attach(
             as soon as a finding of that severity is made.
         output: folder of the recording; a temporary one, gone with the probe, by default.
         force: replace a recording already in ``output``.
-        select: rule codes or prefixes to keep.
-        ignore: rule codes or prefixes to drop; ``CODE:GLOB`` for layers only.
+        select: rule codes or prefixes to keep; ``CODE:GLOB`` for the layers that match.
+        ignore: likewise to drop.
         intent: what is meant, so that it is not remarked on, such as ``"reptile"``.
         thresholds: overrides by name.
         on_finding: called with each finding of a new kind, as it is made.
@@ -198,7 +200,7 @@ def attach(
 
     Raises:
         RecordingError: ``output`` cannot be written, or holds a recording already.
-        UsageError: an unknown intent or threshold.
+        UsageError: an unknown code, intent or threshold, or a bad glob.
         DivergenceDetected: with ``raise_on``, from inside the loop.
     """
     return Probe(
@@ -206,7 +208,7 @@ def attach(
         raise_on=raise_on,
         output=output,
         force=force,
-        selection=Selection(tuple(select), tuple(ignore), tuple(intent)),
+        selection=selected(select, ignore, intent, "attach({}=...)"),
         thresholds=Thresholds(thresholds),
         on_finding=on_finding,
         inner=inner if isinstance(inner, list | tuple) else (inner,),
@@ -224,6 +226,7 @@ class _Watch:
         self._writer: Writer | None = None
         self._folder: Path | None = None
         self._lines: InnerLines | None = None
+        self._place = Place()
         self._seconds = 0.0
         self._exception: ExceptionReport | None = None
 
@@ -239,7 +242,8 @@ class _Watch:
             folder = Path(tempfile.mkdtemp(prefix="divergence-probe-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
-        rank = int(os.environ.get("RANK") or 0)  # as torchrun sets it
+        self._place = place()
+        rank = self._place.rank
         self._writer = Writer(folder, self._meta(), rank, force=self._probe._force)
         self._lines = InnerLines()
         self._session = Session(self, Guard(), rank)
@@ -389,5 +393,6 @@ class _Watch:
             "torch": torch.__version__,
             "started": time.time(),
             "complete": False,
+            **({"world": self._place.world} if self._place.several else {}),
             **self._probe._extra_meta,
         }

@@ -8,31 +8,36 @@ import time
 from pathlib import Path
 
 from divergence_probe.errors import RecordingError
+from divergence_probe.ranks import Place
 from divergence_probe.stored import DIAGNOSIS, FINDINGS
 
 DEFAULT_PARENT = ".probe"
+ALONE = Place()
 
 
-def prepare(asked: Path | None, name: str, *, force: bool = False) -> Path:
+def prepare(asked: Path | None, name: str, *, force: bool = False, place: Place = ALONE) -> Path:
     """Make the folder and see that it can be written; absolute, since scripts change directory.
 
     Args:
         asked: the folder given with ``-o``, or None for a new one.
         name: what runs; part of a new folder's name.
         force: replace a recording that is there. Nothing but a recording is ever removed.
+        place: which of several processes this is; they share one folder.
 
     Raises:
         RecordingError: a recording is there already, or the folder cannot be written.
     """
     folder = Path.cwd() / (asked if asked is not None else DEFAULT_PARENT)
     try:
-        if asked is None:
+        if asked is None and not place.several:
             return _new(folder, name)
+        if asked is None:
+            folder = _shared(folder, name, place)
         folder.mkdir(parents=True, exist_ok=True)
-        probe_file = folder / ".writable"
+        probe_file = folder / f".writable-{place.rank}"
         probe_file.touch()
         probe_file.unlink()
-        _clear(folder, force)
+        _clear(folder, force, place)
     except OSError as error:
         raise RecordingError(
             f"Cannot write the recording to {folder}: {error.strerror or error}. "
@@ -41,11 +46,26 @@ def prepare(asked: Path | None, name: str, *, force: bool = False) -> Path:
     return folder
 
 
-def _new(parent: Path, name: str) -> Path:
+def _shared(parent: Path, name: str, place: Place) -> Path:
+    """A folder that every rank on this machine calls the same: by what launched them."""
+    if place.local_world < place.world:
+        raise RecordingError(
+            f"{place.world} ranks run on several machines: name the folder of their recording "
+            "with -o, one that all of them see."
+        )
+    _make_parent(parent)
+    return parent / f"{name}-ranks-{place.launcher}"
+
+
+def _make_parent(parent: Path) -> None:
     parent.mkdir(exist_ok=True)
     ignore = parent / ".gitignore"
     if not ignore.exists():  # recordings are no source; as .venv and .pytest_cache do it
         ignore.write_text("*\n", encoding="utf-8")
+
+
+def _new(parent: Path, name: str) -> Path:
+    _make_parent(parent)
     stem = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{name}"
     for attempt in range(1, 1000):
         folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
@@ -57,8 +77,10 @@ def _new(parent: Path, name: str) -> Path:
     raise FileExistsError(17, f"{stem} exists a thousand times")
 
 
-def _clear(folder: Path, force: bool) -> None:
-    meta = folder / "meta.json"
+def _clear(folder: Path, force: bool, place: Place) -> None:
+    """Remove a recording that is there; of several ranks each removes its own."""
+    own = folder / f"rank-{place.rank}"
+    meta = (folder if place.leads else own) / "meta.json"
     if not meta.exists():
         return
     if not force:
@@ -70,8 +92,13 @@ def _clear(folder: Path, force: bool) -> None:
         raise RecordingError(
             f"{meta} is not ours, and --force replaces recordings only. Choose another folder."
         )
-    for rank in folder.glob("rank-*"):
-        shutil.rmtree(rank)
+    for old in folder.glob("rank-*"):
+        number = old.name.removeprefix("rank-")
+        others = number.isdigit() and int(number) < place.world  # they may be writing already
+        if old == own or (place.leads and not others):
+            shutil.rmtree(old)
+    if not place.leads:
+        return
     for name in ("meta.json", FINDINGS, DIAGNOSIS):
         (folder / name).unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from divergence_probe.diagnosis.analysis import Analysis
-from divergence_probe.diagnosis.diagnosis import Diagnosis
+from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
 from divergence_probe.record.reader import Recording
 from divergence_probe.report.presented import PresentedDiagnosis
 from divergence_probe.rules.selection import INTENTS, Selection
@@ -45,13 +45,41 @@ def replay(
     ending = read_ending(recording.folder, meta)
     diagnosis = analysis.diagnosis(
         overhead=ending.overhead,
-        exception=ending.exception,
+        exception=ending.exception or _raised_elsewhere(recording),
         script_exit=ending.script_exit,
         recording=str(recording.folder),
         title=meta.get("title"),
-        incomplete=[*meta.get("incomplete", ()), *(() if meta.get("complete") else (UNFINISHED,))],
+        incomplete=_not_seen(recording),
     )
     return PresentedDiagnosis.of(_with_proof(diagnosis, ending))
+
+
+def _not_seen(recording: Recording) -> list[str]:
+    """What each rank could not see, which had no end, and which recorded nothing."""
+    sentences: list[str] = []
+    several = len(recording.ranks) > 1
+    for rank in recording.ranks:
+        meta = recording.rank_meta(rank)
+        sentences += meta.get("incomplete", ())
+        if not meta.get("complete"):
+            sentences.append(f"Rank {rank}: {UNFINISHED}" if several else UNFINISHED)
+    world = int(recording.meta.get("world", 1))
+    absent = [str(rank) for rank in range(world) if rank not in recording.ranks]
+    if absent:
+        sentences.append(
+            f"Of {world} ranks {', '.join(absent)} recorded nothing here: run every rank under "
+            "`probe run`, with the same -o."
+        )
+    return sentences
+
+
+def _raised_elsewhere(recording: Recording) -> ExceptionReport | None:
+    """What ended the first rank, above 0, that an exception has ended."""
+    for rank in recording.ranks[1:]:
+        raised = recording.rank_meta(rank).get("exception")
+        if isinstance(raised, dict):
+            return ExceptionReport(**raised)
+    return None
 
 
 def _selection(recorded: Mapping[str, list[str]], given: Selection) -> Selection:

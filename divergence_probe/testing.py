@@ -36,9 +36,9 @@ def load(path: Where) -> Recording:
 def diagnose(
     recording: Recording | Where,
     *,
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    intent: Iterable[str] = (),
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    intent: str | Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
 ) -> PresentedDiagnosis:
     """Judge a recording again; what is not given here holds as the run itself had it.
@@ -55,18 +55,19 @@ def diagnose(
         UsageError: an unknown rule code, intent or threshold.
     """
     from divergence_probe.replay import replay
+    from divergence_probe.rules.registry import select as selected
 
     opened = load(recording) if isinstance(recording, str | os.PathLike) else recording
-    return replay(opened, _selection(select, ignore, intent), thresholds)
+    return replay(opened, selected(select, ignore, intent), thresholds)
 
 
 def assert_no_divergence(
     subject: Probe | Recording | Diagnosis | Callable[[], object] | Where,
     *,
     fail_on: Level = "error",
-    ignore: Iterable[str] = (),
-    select: Iterable[str] = (),
-    intent: Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    select: str | Iterable[str] = (),
+    intent: str | Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Fail where an inner loop diverged, or where none was seen at all.
@@ -87,10 +88,11 @@ def assert_no_divergence(
         Exception: whatever the callable raises.
     """
     from divergence_probe.rules.finding import Severity
+    from divergence_probe.rules.registry import select as selected
 
     if fail_on not in ("error", "warning"):
         raise UsageError(f"fail_on={fail_on!r}: choose 'error' or 'warning'.")
-    diagnosis = _diagnosis_of(subject, _selection(select, ignore, intent), thresholds)
+    diagnosis = _diagnosis_of(subject, selected(select, ignore, intent), thresholds)
     level = Severity.of(fail_on)
     failing = [finding for finding in diagnosis.findings if finding.severity >= level]
     if failing:
@@ -129,20 +131,6 @@ def _diagnosis_of(
             "its folder, a diagnosis, or a function to run."
         )
     return _kept(subject, selection)
-
-
-def _selection(select: Iterable[str], ignore: Iterable[str], intent: Iterable[str]) -> Selection:
-    from divergence_probe.rules.registry import all_rules
-    from divergence_probe.rules.selection import Selection, parse_codes
-
-    codes = [rule.code for rule in all_rules()]
-    return Selection(
-        parse_codes(_each(select), codes), parse_codes(_each(ignore), codes), tuple(_each(intent))
-    )
-
-
-def _each(texts: Iterable[str]) -> Iterable[str]:
-    return (texts,) if isinstance(texts, str) else texts  # ignore="BN003" is meant as one code
 
 
 def _kept(diagnosis: Diagnosis, selection: Selection) -> Diagnosis:

@@ -109,6 +109,13 @@ CATALOGUE: tuple[Threshold, ...] = (
         "values a channel is normalised over in train mode",
         "The standard error of the batch mean is 1/sqrt(n) batch deviations: over a third below 8.",
     ),
+    Threshold(
+        "rank-difference",
+        1e-5,
+        "difference of a base weight's norm on two ranks, as a fraction of it",
+        "Data parallel keeps weights bit-identical; the float32 norm of equal weights, summed in "
+        "another order, differs by some 1e-7. A hundred roundings are allowed for.",
+    ),
 )
 
 _BY_NAME = {threshold.name: threshold for threshold in CATALOGUE}

@@ -17,6 +17,7 @@ from divergence_probe import recording_folder, runner
 from divergence_probe.commands.options import Destination, Judgement
 from divergence_probe.errors import ProbeError, UsageError
 from divergence_probe.progress import ProgressLine
+from divergence_probe.ranks import Place, place
 from divergence_probe.terminal import wants_color, width_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 FINDING = 1
 FAILED = 2
 UNOBSERVED = 5
+
+#: Ranks end together but for what the last of them still has to write.
+_SECONDS_FOR_OTHERS = 30.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ def watch(options: RunOptions) -> int:
         raise UsageError(str(error)) from error
     _warm_up(options.destinations)
     name = Path(options.title).stem if options.target.script else options.title
-    folder = recording_folder.prepare(options.output, name, force=options.force)
-    return _WatchedRun(options, folder).run()
+    own = place()
+    folder = recording_folder.prepare(options.output, name, force=options.force, place=own)
+    return _WatchedRun(options, folder, own).run()
 
 
 def _warm_up(destinations: tuple[Destination, ...]) -> None:
@@ -94,13 +99,14 @@ def _warm_up(destinations: tuple[Destination, ...]) -> None:
 class _WatchedRun:
     """One run: the probe around the script, and what follows once that has ended."""
 
-    def __init__(self, options: RunOptions, folder: Path) -> None:
+    def __init__(self, options: RunOptions, folder: Path, own: Place) -> None:
         from divergence_probe.probe import Probe
         from divergence_probe.thresholds import Thresholds
 
         judgement = options.judgement
         self._options = options
         self._folder = folder
+        self._place = own
         self._label = _label(folder)
         self._failures: list[str] = []
         self._stderr = sys.stderr
@@ -112,7 +118,7 @@ class _WatchedRun:
             output=folder,
             selection=judgement.selection,
             thresholds=Thresholds(judgement.thresholds),
-            on_block=self._progress.update,
+            on_block=self._progress.update if own.leads else None,
             meta={
                 "title": options.title,
                 "judgement": {**asdict(judgement.selection), "thresholds": judgement.thresholds},
@@ -151,7 +157,8 @@ class _WatchedRun:
                 f"The probe cannot be attached: {error}. Install the project and torch into the "
                 f"environment of {sys.executable}."
             ) from error
-        self._progress.start()
+        if self._place.leads:
+            self._progress.start()
         try:
             yield
         except BaseException as error:
@@ -178,12 +185,21 @@ class _WatchedRun:
         )
         if self._probe.failure is not None:
             self._failures.append(f"The probe switched itself off: {self._probe.failure}")
+        if not self._place.leads:
+            return self._follow(outcome, diagnosis)
+        if self._place.several:
+            diagnosis = self._of_all_ranks(diagnosis)
         try:
             write_ending(self._folder, diagnosis)
         except ProbeError as error:
             self._failures.append(str(error))
         self._explain(outcome, diagnosis)
-        if self._options.confirm:
+        if self._options.confirm and self._place.several:
+            self._say(
+                "probe: --confirm runs the script again by itself, which cannot be done with one "
+                "of several ranks: nothing was run again."
+            )
+        elif self._options.confirm:
             diagnosis = self._confirm(diagnosis)
         stream = self._stream()
         registry.write(
@@ -196,6 +212,48 @@ class _WatchedRun:
         for failure in self._failures:
             self._say(f"probe: {failure}")
         return self._code(diagnosis)
+
+    def _follow(self, outcome: runner.Outcome, diagnosis: Diagnosis) -> int:
+        """Leave the reports to rank 0; it may not live to write them where this rank failed.
+
+        Whatever was found, this rank ends well: a launcher stops the others where one does not.
+        """
+        if outcome.exit_code:
+            from divergence_probe.report import registry
+
+            self._explain(outcome, diagnosis)
+            registry.write(diagnosis, (("concise", None),), self._stream(), width=80, color=False)
+        for failure in self._failures:
+            self._say(f"probe: rank {self._place.rank}: {failure}")
+        return 0
+
+    def _of_all_ranks(self, own: Diagnosis) -> Diagnosis:
+        """Judge what all ranks recorded, once they have ended, side by side."""
+        from divergence_probe.record.reader import Recording
+        from divergence_probe.replay import replay
+
+        self._wait_for_others()
+        judgement = self._options.judgement
+        merged = replay(Recording(self._folder), judgement.selection, judgement.thresholds)
+        return replace(
+            merged,
+            summary=replace(merged.summary, seconds=own.summary.seconds),
+            exception=own.exception or merged.exception,
+            script_exit=own.script_exit,
+            title=own.title,
+            recording=own.recording,
+        )
+
+    def _wait_for_others(self) -> None:
+        """Until every rank that records has finished its recording, but not for ever."""
+        from divergence_probe.record.reader import Recording
+
+        recording = Recording(self._folder)
+        until = time.perf_counter() + _SECONDS_FOR_OTHERS
+        while time.perf_counter() < until:
+            if all(recording.rank_meta(rank).get("complete") for rank in recording.ranks[1:]):
+                return
+            time.sleep(0.05)
 
     def _confirm(self, diagnosis: Diagnosis) -> Diagnosis:
         """Run again under interventions; Ctrl-C leaves the cause inferred and the report whole."""

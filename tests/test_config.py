@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import divergence_probe
+from divergence_probe import attach
 from divergence_probe.commands import options
 from divergence_probe.config import Config, read_config
 from divergence_probe.errors import UsageError
+from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.selection import Selection
+
+from .command_line import probe, write_script
 
 TOML = """
 [tool.divergence_probe]
@@ -91,5 +97,91 @@ def test_unknown_code_in_a_file_names_the_file(
 ) -> None:
     (tmp_path / "setup.cfg").write_text("[divergence_probe]\nignore = ZZ\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"setup.cfg \[divergence_probe\]: No rule"):
+    with pytest.raises(UsageError, match=r"setup.cfg \[divergence_probe\]: ignore: No rule"):
         judged()
+
+
+# -- layers: the same entry, wherever it is written ----------------------------------------------
+
+FILES = {
+    "pyproject.toml": '[tool.divergence_probe]\n{key} = ["{entry}", "MODE"]\n',
+    "pyproject.toml as one text": '[tool.divergence_probe]\n{key} = "{entry}, MODE"\n',
+    "setup.cfg": "[divergence_probe]\n{key} = {entry}, MODE\n",
+    "setup.cfg over lines": "[divergence_probe]\n{key} =\n    {entry}\n    MODE\n",
+}
+
+
+def found(layer: str, rule: str = "BN003") -> Finding:
+    return Finding(rule, "x", Severity.WARNING, "m", layer=layer)
+
+
+def write_settings(folder: Path, kind: str, key: str, entry: str) -> str:
+    name = kind.partition(" ")[0]
+    (folder / name).write_text(FILES[kind].format(key=key, entry=entry), encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize("kind", [*FILES, "command line", "Python"])
+@pytest.mark.parametrize("key", ["select", "ignore"])
+def test_layers_are_chosen_alike_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = "BN003:block[0-3].*"
+    if kind == "command line":
+        selection = judged(f"--{key}", f"{entry},MODE").selection
+    elif kind == "Python":
+        selection = attach(**{key: [entry, "MODE"]})._selection  # type: ignore[arg-type, assignment]
+    else:
+        write_settings(tmp_path, kind, key, entry)
+        selection = judged().selection
+    assert getattr(selection, key) == (entry, "MODE")
+    for layer, matches in (("block2.norm", True), ("block4.norm", False), ("head", False)):
+        assert selection.keeps(found(layer)) is (matches if key == "select" else not matches)
+    assert selection.keeps(found("head", "MODE001")) is (key == "select")
+    assert selection.keeps(found("block2.norm", "NG001")) is (key == "ignore")
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("BN003:block[0.*", r"the \[ in the glob 'block\[0\.\*' is never closed"),
+        ("BN003:", "'BN003:' names no layers"),
+        ("BN9:block.*", "No rule starts with 'BN9'"),
+    ],
+)
+def test_a_bad_entry_in_a_file_says_what_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, entry: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = write_settings(tmp_path, kind, "ignore", entry)
+    section = "tool.divergence_probe" if name == "pyproject.toml" else "divergence_probe"
+    with pytest.raises(UsageError, match=rf"^{name} \[{section}\]: ignore: .*{message}"):
+        judged()
+
+
+def test_a_bad_entry_elsewhere_says_where() -> None:
+    with pytest.raises(UsageError, match=r"^--select: 'BN003:' names no layers"):
+        judged("--select", "BN003:")
+    with pytest.raises(UsageError, match=r"^--intent: Unknown intent 'reptil'"):
+        judged("--intent", "reptil")
+    with pytest.raises(UsageError, match=r"^attach\(ignore=\.\.\.\): No rule starts with 'ZZ'"):
+        attach(ignore=["ZZ"])
+    with pytest.raises(UsageError, match=r"^select=: No rule starts with 'ZZ'"):
+        divergence_probe.assert_no_divergence(lambda: None, select="ZZ")
+
+
+def test_one_code_in_python_needs_no_list() -> None:
+    assert attach(ignore="BN003", select="BN")._selection == Selection(("BN",), ("BN003",))
+
+
+def test_layers_ignored_in_a_file_hold_in_a_run(tmp_path: Path) -> None:
+    write_script(tmp_path, "for _ in loop(1e6): pass")
+    settings = tmp_path / "pyproject.toml"
+    for layers, code in (("0", 1), ("[02]", 0)):
+        settings.write_text(
+            f'[tool.divergence_probe]\nselect = ["NG"]\nignore = ["NG001:{layers}"]'
+        )
+        ended = probe(tmp_path, "run", "-o", "rec", "--force", "train.py")
+        assert ended.returncode == code, ended.stderr

@@ -161,3 +161,56 @@ def test_a_stable_rival_refutes_the_learning_rate() -> None:
 def test_the_re_runs_go_to_the_explosion_and_not_to_the_first_evidence() -> None:
     symptom = confirm.symptom(_first("stale-running-stats"))
     assert symptom is not None and symptom.task == 2
+
+
+def test_several_proofs_are_all_named() -> None:
+    calm = Measured("reached", (), 3.0, "w", 1.1, (1.5, 0.5))
+    runs = {"control": _diverged(), "batch-statistics": calm, "recalibrated-statistics": calm}
+
+    ruling = confirm.judge(_first("stale-running-stats"), runs)
+
+    assert ruling.confirmed
+    assert ruling.reason == "each of batch-statistics and recalibrated-statistics alone stops it"
+    one = {**runs, "recalibrated-statistics": _diverged()}
+    assert (
+        confirm.judge(_first("stale-running-stats"), one).reason
+        == "batch-statistics alone stops it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [((1.5, 90.0, 4e7), "changes nothing in this loop"), ((1.5, 20.0, 4e7), "no re-run without")],
+)
+def test_a_change_that_had_nothing_to_act_on(losses: tuple[float, ...], said: str) -> None:
+    def ended(losses: tuple[float, ...]) -> Measured:
+        return Measured("reached", _first("x").findings[:1], losses=losses)
+
+    runs = {"control": ended((1.5, 90.001, 3e8)), "learning-rate/10": ended(losses)}
+
+    ruling = confirm.judge(_first("inner-lr-too-high"), runs)
+
+    assert not ruling.confirmed and said in ruling.reason
+
+
+def test_roots_of_zero_taken_in_place_are_shifted_too() -> None:
+    import torch
+
+    from divergence_probe.observe.interventions.square_root import _Shifted
+
+    for root in (lambda v: v.sqrt(), lambda v: (v + 0.0).sqrt_(), lambda v: v**0.5):
+        moment = torch.tensor([0.0, 4.0], requires_grad=True)
+        with _Shifted():  # type: ignore[no-untyped-call]
+            root(moment).sum().backward()
+        assert moment.grad is not None and torch.isfinite(moment.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 16, 8, 8), 8), ((2, 16, 1, 1), 1), ((4, 64), 4), ((1, 7, 9, 9), 1)]
+)
+def test_groups_are_never_tiny_themselves(shape: tuple[int, ...], groups: int) -> None:
+    import torch
+
+    from divergence_probe.observe.interventions.statistics import _groups
+
+    assert _groups(torch.zeros(shape)) == groups

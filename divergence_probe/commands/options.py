@@ -52,7 +52,8 @@ def add_judgement(parser: argparse.ArgumentParser, *, fail_on: bool = True) -> N
         "--select",
         metavar="CODES",
         action="append",
-        help="keep these rules only: codes or prefixes, comma-separated; repeatable",
+        help="keep these rules only: codes or prefixes, comma-separated; CODE:GLOB keeps one for "
+        "the layers matching GLOB; repeatable",
     )
     group.add_argument(
         "--ignore",
@@ -92,37 +93,26 @@ def judgement(arguments: argparse.Namespace) -> Judgement:
     Raises:
         UsageError: an unknown code, intent, threshold, or setting.
     """
-    from divergence_probe.rules.registry import all_rules
-    from divergence_probe.rules.selection import Selection, parse_codes
+    from divergence_probe.rules.registry import select
+    from divergence_probe.rules.selection import Selection
     from divergence_probe.thresholds import parse_overrides
 
     config = Config() if arguments.isolated else read_config(Path.cwd())
-    codes = [rule.code for rule in all_rules()]
+    configured = select(config.select, config.ignore, config.intent, f"{config.source}: {{}}")
+    given = select(arguments.select or (), arguments.ignore or (), _names(arguments.intent), "--{}")
     try:
-        configured = Selection(
-            parse_codes(config.select, codes), parse_codes(config.ignore, codes), config.intent
-        )
         thresholds = parse_overrides(config.thresholds)
     except UsageError as error:
         raise UsageError(f"{config.source}: {error}") from error
     selection = Selection(
-        _given("--select", arguments.select, codes) or configured.select,
-        _given("--ignore", arguments.ignore, codes) or configured.ignore,
-        _names(arguments.intent) or configured.intent,
+        given.select or configured.select,
+        given.ignore or configured.ignore,
+        given.intent or configured.intent,
     )
     thresholds |= parse_overrides(arguments.threshold or ())
     return Judgement(
         selection, thresholds, getattr(arguments, "fail_on", None) or config.fail_on or "error"
     )
-
-
-def _given(option: str, texts: list[str] | None, known: list[str]) -> tuple[str, ...]:
-    from divergence_probe.rules.selection import parse_codes
-
-    try:
-        return parse_codes(texts or (), known)
-    except UsageError as error:
-        raise UsageError(f"{option} {','.join(texts or ())}: {error}") from error
 
 
 def _names(texts: list[str] | None) -> tuple[str, ...]:

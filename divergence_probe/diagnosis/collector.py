@@ -20,6 +20,8 @@ from divergence_probe.record.schema import (
 
 _STEPS_SHOWN = 64
 SMALL = 0.03
+#: From so many turns of a layer between two modes on it is said to change all the time.
+_TURNS = 3
 
 
 class Collector:
@@ -153,7 +155,8 @@ class Collector:
         distances = [
             layer.distance
             for layer in self._batch_norm.values()
-            if "eval" in layer.modes.values() and not math.isnan(layer.distance)
+            if any("eval" in mode for mode in layer.modes.values())
+            and not math.isnan(layer.distance)
         ]
         first, last = self._first_losses.value(), self._last_losses.value()
         return Health(
@@ -217,15 +220,16 @@ class _WorstTask:
         with np.errstate(all="ignore"):
             growth = end / np.fmax(start, 1e-12)
         # Small parameters (biases, zero-initialised heads) have no scale of their own to grow from.
-        small = (start < SMALL * whole) & np.isfinite(end)
-        growth = np.where(small | (start == MISSING) | (end == MISSING), -1.0, growth)
-        growth = np.where(np.isnan(growth), np.inf, growth)
+        small = (start < SMALL * whole) | (start <= 0)
+        unmeasured = (small & np.isfinite(end)) | (start == MISSING) | (end == MISSING)
+        growth = np.where(unmeasured, -1.0, np.where(np.isnan(growth), np.inf, growth))
         if not len(growth):
             return
         worst = int(np.argmax(growth))
         if growth[worst] > self.growth or self._task is None or self._task == key:
-            self.growth = float(growth[worst])
-            self.layer = block.layout.parameters[worst].name
+            measured = growth[worst] >= 0
+            self.growth = float(growth[worst]) if measured else 0.0
+            self.layer = block.layout.parameters[worst].name if measured else None
             self._task = key
             self._norms = norms
             self._names = tuple(info.name for info in block.layout.parameters)
@@ -255,7 +259,7 @@ class _Layer:
     """One normalisation layer over the run; the worst of what matters."""
 
     def __init__(self) -> None:
-        self.modes: dict[str, str] = {}
+        self._turns: dict[str, list[str]] = {}
         self.batches: int | None = None
         self.distance = math.nan
         self.log_ratio = math.nan
@@ -266,11 +270,11 @@ class _Layer:
         called = columns["bn_calls"] > 0
         for number, phase in enumerate(PHASES):
             modes = columns["bn_training"][called & (phases == number)]
-            for mode in np.unique(modes):
-                word = {0.0: "eval", 1.0: "train"}.get(float(mode), "mixed")
-                if self.modes.get(phase, word) != word:
-                    word = "mixed"
-                self.modes[phase] = word
+            turns = self._turns.setdefault(phase, []) if len(modes) else []
+            for mode in modes[np.flatnonzero(np.diff(modes, prepend=np.nan))][:_TURNS]:
+                word = {0.0: "eval", 1.0: "train"}.get(float(mode), "both")
+                if len(turns) < _TURNS and turns[-1:] != [word]:
+                    turns.append(word)
         # A task's first step: later the weights have moved, and its copy's counter with them.
         first = called & (phases == SUPPORT) & (steps == 0)
         evaluated = first & (columns["bn_training"] == 0)
@@ -285,6 +289,14 @@ class _Layer:
             self.values = int(min(values.min(), self.values or values.min()))
         self._worst(columns["bn_mean_distance"][rows], columns["bn_log_variance_ratio"][rows])
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """By phase: ``train``, ``eval``, ``train→eval`` (one after the other) or ``train+eval``."""
+        return {
+            phase: "→".join(turns) if len(turns) < _TURNS and "both" not in turns else "train+eval"
+            for phase, turns in self._turns.items()
+        }
+
     def _worst(self, distances: Array, ratios: Array) -> None:
         if np.isfinite(distances).any():
             self.distance = float(np.fmax(self.distance, np.nanmax(distances)))
@@ -297,7 +309,7 @@ class _Layer:
     def row(self, name: str) -> BatchNormRow:
         return BatchNormRow(
             layer=name,
-            modes=dict(self.modes),
+            modes=self.modes,
             batches_seen=self.batches,
             mean_distance=self.distance,
             variance_ratio=math.exp(self.log_ratio) if not math.isnan(self.log_ratio) else math.nan,

@@ -50,6 +50,8 @@ _EDGE = 2.0
 #: A last loss this much above the lowest is rising.
 _RISE = 1.1
 _MUCH_BETTER = 0.5
+#: Numbers this close (relative): the change had nothing to act on.
+_UNCHANGED = 1e-3
 _MOST_RUNS = 6
 
 
@@ -122,7 +124,7 @@ def plan(diagnosis: Diagnosis) -> tuple[str, ...]:
         if finding.severity > Severity.INFO and finding.cause is not None:
             names += PROOFS.get(finding.cause, ())[:1]
     if diagnosis.verdict == "diverged":
-        if any({"eval", "mixed"} & set(row.modes.values()) for row in diagnosis.batch_norm):
+        if any("eval" in m for row in diagnosis.batch_norm for m in row.modes.values()):
             names.append("batch-statistics")
         names.append(SMALLER_RATE)
     elif cause.cause != "inner-lr-too-high":
@@ -165,13 +167,34 @@ def judge(first: Diagnosis, runs: Mapping[str, Measured]) -> Ruling:
         )
     proofs = [name for name in PROOFS.get(cause.cause, ()) if outcomes.get(name) == "stable"]
     if not proofs:
-        return Ruling(False, f"no re-run without {cause.cause} was stable")
+        return Ruling(False, _without_proof(cause.cause, runs))
     best = min(proofs, key=lambda name: _end(runs[name]))
     rivals = [name for name in runs if name != CONTROL and name not in PROOFS[cause.cause]]
     for rival in rivals:
         if outcomes[rival] == "stable" and _refutes(rival, runs[rival], best, runs[best]):
             return Ruling(False, f"the task is as stable with {rival} as with {best}")
-    return Ruling(True, f"{best} alone stops it")
+    alone = proofs[0] if len(proofs) == 1 else f"each of {' and '.join(proofs)}"
+    return Ruling(True, f"{alone} alone stops it")
+
+
+def _without_proof(cause: str, runs: Mapping[str, Measured]) -> str:
+    """Why nothing proves ``cause``: what removes it did not help, or had nothing to change."""
+    for name in PROOFS.get(cause, ()):
+        if name in runs and _unchanged(runs[name], runs[CONTROL]):
+            return f"{name} changes nothing in this loop"
+    return f"no re-run without {cause} was stable"
+
+
+def _unchanged(run: Measured, control: Measured) -> bool:
+    """Whether a task's first step went as in the control, or, with no loss seen, its end did.
+
+    Later steps of an explosion tell rounding apart.
+    """
+    if run.ended != control.ended or len(run.losses) != len(control.losses):
+        return False
+    pairs = [*zip(run.losses[:2], control.losses[:2], strict=True)]
+    pairs = pairs or [(run.largest_norm, control.largest_norm)]
+    return all(math.isclose(one, other, rel_tol=_UNCHANGED) for one, other in pairs)
 
 
 def _refutes(rival: str, run: Measured, proof: str, proved: Measured) -> bool:

@@ -87,7 +87,8 @@ class BatchNormRow:
 
     Attributes:
         layer: module name.
-        modes: effective modes seen by phase, such as ``{"support": "eval", "query": "eval"}``.
+        modes: effective modes seen by phase, such as ``{"support": "eval", "query": "eval"}``;
+            ``"train→eval"`` is one after the other, ``"train+eval"`` both in turns.
         batches_seen: the base layer's ``num_batches_tracked`` when last evaluated, or None.
         mean_distance: RMS over channels of (running mean - batch mean) in batch standard
             deviations; nan where it was not measured.

@@ -26,6 +26,7 @@ PRECEDENCE = (
     "optimizer-state-carryover",
     "gradient-accumulation",
     "base-mutated",
+    "rank-divergence",
     "inner-lr-too-high",
     "negative-learned-lr",
     "tiny-bn-batch",
@@ -39,7 +40,6 @@ PRECEDENCE = (
     "hard-clipping",
     "ineffective-inner-step",
     "unused-parameters",
-    "rank-divergence",
     "transductive-batch-statistics",
     "first-order-only",
 )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
@@ -58,8 +59,8 @@ class Follower(TorchFunctionMode):
         for index, gradient in enumerate(gradients, len(pending.inputs) - len(gradients)):
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
-        if not self._pushed and not _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-            # Under a mode of the user's ours could be popped in its place: then identity decides.
+        if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
+            # Over a mode of the user's ours could be popped in its place: then identity decides.
             self.__enter__()  # type: ignore[no-untyped-call]
             self._pushed = True
         pending.followed = pending.followed or self._pushed
@@ -255,6 +256,11 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
+
+
+def _stays(mode: TorchFunctionMode) -> bool:
+    """Whether a mode never pops another one: a default device, or one of our interventions."""
+    return isinstance(mode, DeviceContext) or hasattr(mode, "of_the_probe")
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:

@@ -22,12 +22,22 @@ from divergence_probe.observe import (
     modes,
     normalization,
     optimizers,
+    process_group,
 )
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
-_INSTRUMENTS = (normalization, losses, modes, functional, clipping, copies, checkpointing)
+_INSTRUMENTS = (
+    normalization,
+    losses,
+    modes,
+    functional,
+    clipping,
+    copies,
+    checkpointing,
+    process_group,
+)
 _LOOP_INSTRUMENTS = (gradients, optimizers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ class Recording:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / "meta.json"
+        path = self._meta_file()
         try:
             self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -57,22 +58,38 @@ class Recording:
                 f"({self.meta.get('tool_version')}). Upgrade divergence-probe to read it."
             )
 
+    def _meta_file(self) -> Path:
+        """Rank 0's; where that never wrote any (it is on another machine), the lowest rank's."""
+        own = [self.folder / f"rank-{rank}" / "meta.json" for rank in self.ranks]
+        candidates = [self.folder / "meta.json", *own]
+        return next((path for path in candidates if path.exists()), candidates[0])
+
     @property
     def ranks(self) -> list[int]:
         """Ranks that recorded, in order."""
-        folders = self.folder.glob("rank-*")
-        return sorted(int(f.name.removeprefix("rank-")) for f in folders if f.is_dir())
+        numbers = (f.name.removeprefix("rank-") for f in self.folder.glob("rank-*") if f.is_dir())
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def rank_meta(self, rank: int) -> dict[str, Any]:
+        """What one rank's process wrote about itself; rank 0's is the recording's own."""
+        path = self.folder / f"rank-{rank}" / "meta.json"
+        if rank and path.exists():
+            own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return own
+        return self.meta
 
     def blocks(self) -> Iterator[Block]:
-        """Every block as it was recorded, rank by rank, events with the rows they precede."""
-        for rank in self.ranks:
-            yield from self._rank_blocks(rank)
+        """Every block as it was recorded, events with the rows they precede.
+
+        Blocks of several ranks take turns, in the order of the time since each was attached, so
+        that who compares ranks has to remember little.
+        """
+        by_rank = (self._rank_blocks(rank) for rank in self.ranks)
+        yield from heapq.merge(*by_rank, key=_began)
 
     def _rank_blocks(self, rank: int) -> Iterator[Block]:
         folder = self.folder / f"rank-{rank}"
-        meta = self.meta
-        if rank and (folder / "meta.json").exists():
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = self.rank_meta(rank)
         layouts = [Layout.from_json(i, data) for i, data in enumerate(meta.get("layouts", []))]
         sites = meta.get("sites", [])
         events = _Events(folder / "events.arrow")
@@ -116,6 +133,13 @@ class Recording:
         from divergence_probe.record import tables
 
         return tables.findings(self)
+
+
+def _began(block: Block) -> float:
+    """When a block's first row was taken, or its first event happened; seconds."""
+    if len(block):
+        return float(block.scalars["seconds"][0])
+    return block.events[0].seconds if block.events else 0.0
 
 
 class _Events:

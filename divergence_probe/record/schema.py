@@ -126,6 +126,14 @@ class Layout:
     batch_norms: list[str] = field(default_factory=list)
     dropouts: list[str] = field(default_factory=list)
 
+    def spoken(self, layer: str) -> str:
+        """A layer's name for a sentence: ``layer 1 (BatchNorm2d)`` where it is but a number."""
+        if not layer.replace(".", "").isdigit():
+            return layer
+        owned = (p.kind for p in self.parameters if p.name.rpartition(".")[0] == layer and p.kind)
+        kind = next(owned, "")
+        return f"layer {layer} ({kind})" if kind else f"layer {layer}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``meta.json``."""
         return {

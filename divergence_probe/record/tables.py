@@ -25,15 +25,23 @@ _STEP_COLUMNS = ("task", "step", "loss", "learning_rate", "instability", "second
 def steps(recording: Recording) -> pd.DataFrame:
     """One row per step and parameter.
 
-    Columns: ``task, step, phase, parameter, norm_before, norm_after, update_norm, gradient_norm,
-    growth, loss, learning_rate, instability, site``.
+    Columns: ``rank, task, step, phase, parameter, norm_before, norm_after, update_norm,
+    gradient_norm, growth, loss, learning_rate, instability, site``.
 
     Norms are Frobenius norms; a norm that was not there to be measured is NA. ``growth`` is
     ``norm_after / norm_before``.
     """
     parts = [_steps_of(block) for block in recording.blocks() if len(block)]
     if not parts:
-        columns = [*_STEP_COLUMNS, "phase", "parameter", *PARAMETER_COLUMNS, "growth", "site"]
+        columns = [
+            "rank",
+            *_STEP_COLUMNS,
+            "phase",
+            "parameter",
+            *PARAMETER_COLUMNS,
+            "growth",
+            "site",
+        ]
         return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True)
 
@@ -52,7 +60,8 @@ def _steps_of(block: Block) -> pd.DataFrame:
 
 
 def _repeated(block: Block, width: int) -> dict[str, Any]:
-    data: dict[str, Any] = {name: np.repeat(block.scalars[name], width) for name in _STEP_COLUMNS}
+    data: dict[str, Any] = {"rank": np.full(len(block) * width, block.rank)}
+    data |= {name: np.repeat(block.scalars[name], width) for name in _STEP_COLUMNS}
     for name in ("task", "step"):
         data[name] = data[name].astype(int)
     data["phase"] = np.repeat([PHASES[int(p)] for p in block.scalars["phase"]], width)

@@ -81,7 +81,7 @@ class Writer:
         self._meta = dict(meta)
         self._rank = rank
         self._described: tuple[int, ...] | None = None
-        if rank == 0 and (folder / "meta.json").exists() and not force:
+        if self._meta_file.exists() and not force:
             raise RecordingError(
                 f"{folder} already holds a recording. Choose another folder with -o, "
                 "or add --force to replace it."
@@ -101,6 +101,12 @@ class Writer:
         self._events = pa.ipc.new_stream(self._files[1], events_schema())
         self.describe(())
 
+    @property
+    def _meta_file(self) -> Path:
+        """Rank 0's is the folder's; others have their own."""
+        own = f"rank-{self._rank}/meta.json"
+        return self.folder / ("meta.json" if self._rank == 0 else own)
+
     def block(self, block: Block, layouts: list[dict[str, Any]]) -> None:
         """Append one block and flush it. Names are written before the rows that need them."""
         described = (len(layouts), len(block.sites), *(len(x["batch_norms"]) for x in layouts))
@@ -117,10 +123,9 @@ class Writer:
             self._files[1].flush()
 
     def describe(self, changes: Mapping[str, Any] | tuple[()]) -> None:
-        """Update ``meta.json`` (rank 0's is the folder's; others have their own)."""
+        """Update ``meta.json``."""
         self._meta.update(changes)
-        name = "meta.json" if self._rank == 0 else f"rank-{self._rank}/meta.json"
-        target = self.folder / name
+        target = self._meta_file
         temporary = target.with_name(target.name + ".tmp")
         temporary.write_text(json.dumps(self._meta, indent=1), encoding="utf-8")
         os.replace(temporary, target)

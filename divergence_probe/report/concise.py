@@ -10,6 +10,7 @@ from divergence_probe.report.wording import (
     place,
     raised,
     ranked,
+    seen,
     site_of,
     tally,
 )
@@ -21,7 +22,7 @@ def render(diagnosis: Diagnosis, *, width: int | None = None, color: bool = Fals
     """``path:line: CODE severity message`` for each finding, gravest first; then the verdict."""
     lines = []
     for finding in ranked(diagnosis.findings):
-        times = f" (×{finding.count})" if finding.count > 1 else ""
+        times = f" ({seen(finding)})" if seen(finding) else ""
         where = site_of(finding) or place(finding) or "run"
         message = one_line(finding.message)
         lines.append(

@@ -14,6 +14,7 @@ from divergence_probe.report.wording import (
     posix_path,
     raised,
     ranked,
+    seen,
     split_site,
     story,
     visible,
@@ -49,7 +50,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 
 def _annotation(finding: Finding) -> str:
-    times = f" (×{finding.count})" if finding.count > 1 else ""
+    times = f" ({seen(finding)})" if seen(finding) else ""
     where = f"at {place(finding)}" if place(finding) else ""
     text = "\n".join(filter(None, [finding.message + times, where, finding.fix]))
     site = finding.marks[0].site if finding.marks else None

@@ -87,6 +87,7 @@ def _context(diagnosis: Diagnosis) -> dict[str, Any]:
         "more_traces": len(diagnosis.norms) - len(traces),
         "distance_chart": charts.distance_chart(diagnosis.batch_norm),
         "batch_norm": numbers.by_distance(diagnosis.batch_norm)[:_TABLE_ROWS],
+        "mode_notes": numbers.mode_notes(numbers.by_distance(diagnosis.batch_norm)[:_TABLE_ROWS]),
         "rules": _rules(diagnosis),
         "tally": wording.tally(diagnosis.findings),
         "commands": next_commands(diagnosis),
@@ -106,7 +107,7 @@ def _rules(diagnosis: Diagnosis) -> list[dict[str, Any]]:
         rules.append(
             {
                 "telling": telling,
-                "count": count,
+                "seen": wording.seen(telling, count),
                 "single": single[:_FINDINGS_A_RULE],
                 "more": max(0, len(single) - _FINDINGS_A_RULE),
             }

@@ -18,6 +18,7 @@ from divergence_probe.report.wording import (
     fix,
     place,
     raised,
+    seen,
     site_of,
     visible,
     why,
@@ -74,7 +75,7 @@ def _verdict_case(diagnosis: Diagnosis) -> ElementTree.Element:
 
 def _rule_case(diagnosis: Diagnosis, telling: Finding, count: int) -> ElementTree.Element:
     case = _case("rules", f"{telling.rule} {telling.name}")
-    lines = [f"seen {count} times" if count > 1 else "seen once"]
+    lines = [f"seen: {seen(telling, count) or 'once'}"]
     for finding in diagnosis.findings:
         if finding.rule == telling.rule:
             where = ", ".join(filter(None, [site_of(finding), place(finding)]))

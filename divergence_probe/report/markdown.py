@@ -77,7 +77,7 @@ def _findings(diagnosis: Diagnosis) -> list[str]:
         [
             finding.severity.label,
             _code(finding.rule),
-            str(count),
+            wording.seen(finding, count) or "once",
             _escaped(finding.message),
             _code(wording.site_of(finding) or ""),
         ]
@@ -119,7 +119,8 @@ def _batch_norm(diagnosis: Diagnosis) -> str:
         ]
         for row in shown
     ]
-    return _table(["layer", "mode", "batches seen", "mean off by", "variance", "buffers"], rows)
+    table = _table(["layer", "mode", "batches seen", "mean off by", "variance", "buffers"], rows)
+    return "\n\n".join([table, *map(_escaped, numbers.mode_notes(shown))])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -141,6 +141,21 @@ def mode_words(row: BatchNormRow) -> str:
     return modes[0] if len(modes) == 1 else "/".join(row.modes.values())
 
 
+def mode_notes(rows: Sequence[BatchNormRow]) -> list[str]:
+    """What the modes of these rows mean, where they are more than one word; a line each."""
+    words = list(dict.fromkeys(mode for row in rows for mode in row.modes.values()))
+    notes = [
+        f"{word}: {first} mode in earlier tasks, {then} mode in later ones"
+        for word in words
+        for first, arrow, then in [word.partition("→")]
+        if arrow
+    ]
+    notes += [f"{word}: now in one mode, now in the other" for word in words if "+" in word]
+    pairs = [tuple(row.modes) for row in rows if "/" in mode_words(row)]
+    notes += [f"…/…: {', then '.join(phases)}" for phases in dict.fromkeys(pairs)]
+    return notes
+
+
 def log_span(traces: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Smallest and largest log10 of norm over first norm in all traces; at least one decade apart.
 

@@ -27,22 +27,41 @@ class Vital(NamedTuple):
 def health_rows(diagnosis: Diagnosis) -> list[Vital]:
     """The numbers that make silence evidence; those not measured say so."""
     health = diagnosis.health
-    of = f" ({one_line(health.largest_growth_layer)})" if health.largest_growth_layer else ""
-    growth, margin, distance = (
-        health.largest_growth,
-        health.instability_margin,
-        health.running_statistics_distance,
-    )
+    margin = health.instability_margin
     return [
-        Vital("growth", *_graded(growth, numbers.times, 2.0, numbers.GRAVE_GROWTH),
-              f"largest norm after a task over before it{of}"),
+        _growth(diagnosis),
         Vital("stability", *_graded(margin, lambda value: f"{numbers.brief(value)} of 2", 1.5, 2.0),
               "step size × curvature; steps grow from 2 on"),
-        Vital("statistics", *_graded(distance, lambda value: f"{numbers.brief(value)} σ",
-                                     numbers.DOUBTFUL_DISTANCE, numbers.GRAVE_DISTANCE),
-              "running mean from the batch's, in eval mode"),
+        *_statistics(diagnosis),
         Vital("support loss", *_loss(health.support_loss), "mean over tasks, first to last step"),
     ]  # fmt: skip
+
+
+def _growth(diagnosis: Diagnosis) -> Vital:
+    health = diagnosis.health
+    if health.largest_growth is None and diagnosis.norms:
+        return Vital("growth", "from 0", "unknown", "the weights adapted begin at 0, or next to it")
+    of = f" ({one_line(health.largest_growth_layer)})" if health.largest_growth_layer else ""
+    words = _graded(health.largest_growth, numbers.times, 2.0, numbers.GRAVE_GROWTH)
+    return Vital("growth", *words, f"largest norm after a task over before it{of}")
+
+
+def _statistics(diagnosis: Diagnosis) -> list[Vital]:
+    """How far running statistics in use were; nothing for a run without BatchNorm."""
+    distance = diagnosis.health.running_statistics_distance
+    modes = [mode for row in diagnosis.batch_norm for mode in row.modes.values()]
+    if distance is None and not modes:
+        return []
+    if distance is None and not any("eval" in mode for mode in modes):
+        meaning = "BatchNorm ran in train mode only, on each batch's own statistics"
+        return [Vital("statistics", "not used", "unknown", meaning)]
+    words = _graded(
+        distance,
+        lambda value: f"{numbers.brief(value)} σ",
+        numbers.DOUBTFUL_DISTANCE,
+        numbers.GRAVE_DISTANCE,
+    )
+    return [Vital("statistics", *words, "running mean off the batch's own, in eval mode")]
 
 
 def _graded(

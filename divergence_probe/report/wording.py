@@ -6,9 +6,10 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from divergence_probe.diagnosis.diagnosis import Diagnosis, Summary
+from divergence_probe.diagnosis.diagnosis import Diagnosis, Intervention, Summary
 from divergence_probe.report.numbers import brief
 from divergence_probe.rules.finding import Finding, Mark, Severity
 
@@ -34,8 +35,9 @@ UNOBSERVED_ADVICE = (
     "`with divergence_probe.attach(model):`.",
     "Check that the adaptation is reached at all: a data loader of length 0, a checkpoint that "
     "skips training, or `num_inner_steps=0` look just like this.",
-    "Work done in another process (DataLoader workers, `mp.spawn`, torchrun) is seen only when "
-    "that process is watched too: call `divergence_probe.attach()` inside it.",
+    "Work done in another process (DataLoader workers, `mp.spawn`) is seen only when that process "
+    "is watched too: call `divergence_probe.attach()` inside it; torchrun takes "
+    "`-m divergence_probe run` before the script.",
     "A loop that adapts one model in place and never starts over looks like ordinary training: "
     "name its optimizer with `--inner-optimizer NAME`, or `attach(inner=optimizer)`.",
     "A step that torch.compile runs whole cannot be observed: run it once uncompiled.",
@@ -125,32 +127,46 @@ def _optimizer(summary: Summary) -> list[str]:
 
 def confidence_words(diagnosis: Diagnosis) -> str:
     """How sure the root cause is, and how to be surer; empty without a root cause."""
+    from divergence_probe.diagnosis.confirm import PROOFS  # numpy comes with it
+
     cause = diagnosis.root_cause
     if cause is None:
         return ""
     if cause.confidence == "confirmed":
-        return f"confirmed: {_proof(diagnosis)}"
+        return f"confirmed: {_proof(cause.cause, diagnosis.interventions)}"
     if diagnosis.interventions:
         return "inferred from the recording; the re-runs did not settle it"
+    if cause.cause not in PROOFS or diagnosis.summary.ranks > 1:
+        return "inferred from the recording"
     return "inferred from the recording; `probe run --confirm` re-runs the loop to prove it"
 
 
-def _proof(diagnosis: Diagnosis) -> str:
-    stable = [
-        run for run in diagnosis.interventions if run.outcome == "stable" and run.name != "control"
-    ]
-    if not stable:
+def _proof(cause: str, runs: Iterable[Intervention]) -> str:
+    """Which re-runs, each with one thing changed, were stable, and what else was."""
+    from divergence_probe.diagnosis.confirm import CONTROL, PROOFS
+
+    stable = [run for run in runs if run.outcome == "stable" and run.name != CONTROL]
+    own = [run for run in stable if run.name in PROOFS.get(cause, ())]
+    if not own:
         return "changing this alone stopped it"
-    ends = one_line(stable[0].description or stable[0].name)
-    if not math.isnan(stable[0].largest_norm):
-        ends += f"; largest norm {brief(stable[0].largest_norm)}"
-    control = next((run for run in diagnosis.interventions if run.name == "control"), None)
-    against = (
-        f", {brief(control.largest_norm)} without"
-        if control and not math.isnan(control.largest_norm)
-        else ""
-    )
-    return f"stable with one thing changed ({ends}{against})"
+    ways = [_way(run) for run in own]
+    proof = f"{ways[0]} alone stops it"
+    if len(ways) > 1:
+        proof = f"each of these alone stops it: {'; '.join(ways)}"
+    control = next((run for run in runs if run.name == CONTROL), None)
+    if control is not None and not math.isnan(control.largest_norm):
+        proof += f" (largest norm {brief(control.largest_norm)} with nothing changed)"
+    others = [one_line(run.name) for run in stable if run not in own]
+    if others:
+        proof += f"; stable too, but no better an explanation: {', '.join(others)}"
+    return proof
+
+
+def _way(run: Intervention) -> str:
+    """``batch-statistics (...; largest norm 9.59)``."""
+    told = [one_line(run.description)] if run.description else []
+    told += [f"largest norm {brief(run.largest_norm)}"] if not math.isnan(run.largest_norm) else []
+    return one_line(run.name) + (f" ({'; '.join(told)})" if told else "")
 
 
 def raised(diagnosis: Diagnosis) -> str:
@@ -207,13 +223,29 @@ def ranked(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def by_rule(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """Findings folded by rule: each rule's gravest first finding and its count in all."""
+    """Findings folded by rule: each rule's gravest first finding and its count in all.
+
+    Where not all of a rule's findings count the same thing, the finding counts times.
+    """
     telling: dict[str, Finding] = {}
     total: dict[str, int] = {}
     for finding in ranked(findings):
-        telling.setdefault(finding.rule, finding)
+        first = telling.setdefault(finding.rule, finding)
+        if first.unit != finding.unit:
+            telling[finding.rule] = replace(first, unit="time")
         total[finding.rule] = total.get(finding.rule, 0) + finding.count
     return [(finding, total[rule]) for rule, finding in telling.items()]
+
+
+def seen(finding: Finding, count: int | None = None) -> str:
+    """How often: ``"10 tasks"``, ``"6 outer steps"``; empty for once.
+
+    Args:
+        finding: says what is counted.
+        count: in place of the finding's own.
+    """
+    count = finding.count if count is None else count
+    return count_of(count, one_line(finding.unit)) if count > 1 else ""
 
 
 def tally(findings: Iterable[Finding]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -122,6 +122,11 @@ class Frame:
         name = self.parameter(column)
         return name.rpartition(".")[0] or name
 
+    def called(self, layers: Sequence[str]) -> str:
+        """Layers in a sentence: the first one's name, and how many more."""
+        first, more = self.block.layout.spoken(layers[0]), len(layers) - 1
+        return first + (f" and {more} more layer{'s' * (more > 1)}" if more else "")
+
     def normalization(self, column: int) -> str:
         """Name of a normalisation layer."""
         return self.block.layout.batch_norms[column]
@@ -139,6 +144,10 @@ class Rule:
     name: ClassVar[str]
     severity: ClassVar[Severity]
     cause: ClassVar[str | None] = None
+    #: Whether one instance sees the frames of all ranks; else there is one for each rank.
+    across_ranks: ClassVar[bool] = False
+    #: What is counted where it is not told by where findings are: ``"step"``, say.
+    unit: ClassVar[str | None] = None
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -155,6 +164,7 @@ class Rule:
         """A finding of this rule; severity and cause are the rule's unless given."""
         fields.setdefault("severity", self.severity)
         fields.setdefault("cause", self.cause)
+        fields.setdefault("unit", self.unit or _unit(fields))
         return Finding(rule=self.code, name=self.name, message=message, **fields)
 
     def at(self, frame: Frame, row: int, message: str, text: str, **fields: Any) -> Finding:
@@ -181,6 +191,12 @@ class Rule:
             else:
                 sections[current].append(line)
         return {title: "\n".join(lines).strip() for title, lines in sections.items()}
+
+
+def _unit(fields: Mapping[str, Any]) -> str:
+    if fields.get("phase") == "outer":
+        return "outer step"
+    return "task" if fields.get("task") is not None else "time"
 
 
 def missing_to_nan(values: Array) -> Array:

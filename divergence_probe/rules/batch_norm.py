@@ -85,13 +85,12 @@ class _EvalStatistics(Rule):
             if untrained
             else f"running statistics of {seen:.0f} batches, far from this one's"
         )
-        more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
         finding = self.at(
             frame,
             row,
-            f"{layers[0]}{more} evaluate{'' if more else 's'} {how}; at "
-            f"{frame.normalization(worst)} the running mean is {distance:.2g} σ from the batch's, "
-            f"the variance ratio {ratio:.3g}",
+            f"{frame.called(layers)} evaluate{'s' * (len(layers) == 1)} {how}; at "
+            f"{frame.called([frame.normalization(worst)])} the running mean is {distance:.2g} σ "
+            f"from the batch's, the variance ratio {ratio:.3g}",
             f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)} in eval mode with {how}",
             layer=layers[0],
             layers=layers,
@@ -226,7 +225,7 @@ class TinyBatch(Rule):
             yield self.at(
                 frame,
                 row,
-                f"{layers[0]} normalises over {fewest} values per channel",
+                f"{frame.called(layers[:1])} normalises over {fewest} values per channel",
                 f"BatchNorm over {fewest} values per channel",
                 layer=layers[0],
                 layers=layers,

@@ -116,8 +116,8 @@ class RunningStatisticsLeak(Rule):
         return self.at(
             frame,
             row,
-            f"{layer}: adapting to this task moves the base model's running statistics "
-            f"({drift:.2g} σ a forward), and the next task starts from them",
+            f"{frame.called([layer])}: adapting to this task moves the base model's running "
+            f"statistics ({drift:.2g} σ a forward), and the next task starts from them",
             "this forward moves the base model's BatchNorm buffers",
             layer=layer,
             layers=(layer,),
@@ -175,12 +175,13 @@ class TransductiveStatistics(Rule):
         columns = np.flatnonzero(hit[row])
         layers = tuple(frame.normalization(int(c)) for c in columns)
         shared = bool((frame.block.batch_norm["bn_shared"][row, columns] == 1).any())
+        spoken = frame.called(layers[:1])
         passing = "pass on to the next task" if shared else "do not pass from task to task"
         return self.at(
             frame,
             row,
-            f"{layers[0]} normalises the query with the query batch's own statistics; running "
-            f"statistics {passing}",
+            f"{spoken} normalises the query with the query batch's own statistics; "
+            f"running statistics {passing}",
             "query predicted in train mode",
             layer=layers[0],
             layers=layers,
@@ -230,9 +231,10 @@ class DoubleUpdate(Rule):
             events.sort(key=lambda event: order.get(str(event.data.get("layer")), len(order)))
             layers = tuple(str(e.data["layer"]) for e in events if e.data.get("layer"))
             first = events[0]
+            spoken = frame.called(layers[:1]) if layers else "a BatchNorm layer"
             yield self.finding(
-                f"{layers[0] if layers else 'a BatchNorm layer'} runs again inside the backward: "
-                "its running statistics move twice a forward",
+                f"{spoken} runs again inside the backward: its "
+                "running statistics move twice a forward",
                 task=task if task >= 0 else None,
                 layer=layers[0] if layers else None,
                 layers=layers,
@@ -319,8 +321,8 @@ class ModeNotPropagated(Rule):
         finding = self.at(
             frame,
             row,
-            f".{word}() was called on the base model during the task; {layers[0]} of the fast "
-            f"model still runs in {other} mode",
+            f".{word}() was called on the base model during the task; "
+            f"{frame.called(layers[:1])} of the fast model still runs in {other} mode",
             f"the fast model still runs in {other} mode here",
             layer=layers[0],
             layers=layers,

@@ -31,9 +31,13 @@ class Engine:
     ) -> None:
         self.selection = selection or Selection()
         self.thresholds = thresholds or Thresholds()
-        self._rules = [rule(self.thresholds) for rule in rules if self.selection.runs(rule)]
+        running = [rule for rule in rules if self.selection.runs(rule)]
+        self._each_rank = [rule for rule in running if not rule.across_ranks]
+        self._of_rank: dict[int, list[Rule]] = {}
+        self._across = [rule(self.thresholds) for rule in running if rule.across_ranks]
         self._tasks: dict[tuple[int, int], TaskFacts] = {}
         self._folded: dict[tuple[object, ...], Finding] = {}
+        self._last_task: dict[tuple[object, ...], int | None] = {}
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -48,13 +52,21 @@ class Engine:
     def feed(self, block: Block) -> list[Finding]:
         """Run every rule over ``block``; returns findings of a kind not seen before."""
         frame = self._frame(block)
-        fresh = [f for rule in self._rules for f in rule.check(frame) if self._fold(f)]
+        rules = (*self._rules(block.rank), *self._across)
+        fresh = [f for rule in rules for f in rule.check(frame) if self._fold(f)]
         self._forget(block)
         return fresh
 
     def finish(self) -> list[Finding]:
         """Run what rules have to say at the end of the run."""
-        return [f for rule in self._rules for f in rule.finish() if self._fold(f)]
+        rules = [rule for own in self._of_rank.values() for rule in own] + self._across
+        return [f for rule in rules for f in rule.finish() if self._fold(f)]
+
+    def _rules(self, rank: int) -> list[Rule]:
+        """What a rule remembers of one rank's tasks says nothing of another's: one each."""
+        if rank not in self._of_rank:
+            self._of_rank[rank] = [rule(self.thresholds) for rule in self._each_rank]
+        return self._of_rank[rank]
 
     def add(self, finding: Finding) -> bool:
         """Fold in a finding that comes from elsewhere (forensics, exceptions)."""
@@ -72,7 +84,15 @@ class Engine:
         layers = first.layers + tuple(x for x in finding.layers if x not in first.layers)
         worse = finding.severity > first.severity
         kept = finding if worse else first
-        self._folded[key] = replace(kept, count=first.count + finding.count, layers=layers)
+        # A task that is long, or in which several layers are concerned, is still one task.
+        again = finding.unit == "task" and finding.task == self._last_task.get(key, first.task)
+        self._last_task[key] = finding.task
+        self._folded[key] = replace(
+            kept,
+            count=first.count + (0 if again else finding.count),
+            layers=layers,
+            unit=first.unit if first.unit == finding.unit else "time",
+        )
         return worse
 
     def _frame(self, block: Block) -> Frame:

@@ -62,6 +62,7 @@ class Finding:
         phase: ``"support"``, ``"query"``, ``"outer"`` or None.
         rank: the process's rank.
         count: in how many places (tasks, for per-task rules) it was seen.
+        unit: what is counted, such as ``"task"``.
         evidence: name to number or short text; what the rule compared.
         fix: what to change, in code, or an empty string.
         marks: lines of the user's code that belong to it, the most telling first.
@@ -79,6 +80,7 @@ class Finding:
     phase: str | None = None
     rank: int = 0
     count: int = 1
+    unit: str = "time"
     evidence: Mapping[str, float | str] = field(default_factory=dict)
     fix: str = ""
     marks: tuple[Mark, ...] = ()

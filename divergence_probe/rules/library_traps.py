@@ -107,9 +107,10 @@ class CheckpointRecompute(Rule):
         """One finding for every event of the checkpoint watch."""
         for event in frame.events("checkpoint-recompute"):
             layer = event.data.get("layer")
+            where = f" ({frame.called([layer])})" if layer else ""
             yield self.finding(
-                f"a checkpointed region{f' ({layer})' if layer else ''} was recomputed in the "
-                "backward with other parameter values than in its forward",
+                f"a checkpointed region{where} was recomputed in the backward with other "
+                "parameter values than in its forward",
                 task=event.task if event.task >= 0 else None,
                 layer=layer,
                 layers=(layer,) if layer else (),

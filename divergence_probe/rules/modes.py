@@ -141,7 +141,8 @@ class ModesDiffer(Rule):
         return self.at(
             frame,
             row,
-            f"{layers[0]} ran in {was} mode on the support set and in {now} mode on the query",
+            f"{frame.called(layers[:1])} ran in {was} mode on the support set and in {now} mode "
+            "on the query",
             f"query in {now} mode, after adapting in {was} mode",
             layer=layers[0],
             layers=tuple(layers),
@@ -201,7 +202,7 @@ class DropoutWhileEvaluating(Rule):
             self._waiting[int(frame.task[row])] = self.at(
                 frame,
                 row,
-                f"{layers[0]} drops activations in the query of an evaluated task",
+                f"{frame.called(layers[:1])} drops activations in the query of an evaluated task",
                 "dropout is active here",
                 layer=layers[0],
                 layers=layers,

@@ -80,13 +80,12 @@ class NonFinite(Rule):
             what = "parameter"
             layers = tuple(frame.layer(int(c)) for c in np.flatnonzero(after[row]))
         layers = tuple(dict.fromkeys(layers))
-        where = f" of {layers[0]}" if layers else ""
-        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        where = f" of {frame.called(layers)}" if layers else ""
         step = int(frame.step[row])
         return self.at(
             frame,
             row,
-            f"the {what}{where}{more} is not finite at step {step} (loss {value:.4g})",
+            f"the {what}{where} is not finite at step {step} (loss {value:.4g})",
             f"{what} not finite at step {step}",
             layer=layers[0] if layers else None,
             layers=layers,
@@ -135,7 +134,7 @@ class NonFiniteMetaGradient(Rule):
             yield self.at(
                 frame,
                 int(row),
-                f"the meta-gradient of {layers[0]} is not finite at the outer step",
+                f"the meta-gradient of {frame.called(layers[:1])} is not finite at the outer step",
                 "outer step with a non-finite gradient",
                 layer=layers[0],
                 layers=layers,

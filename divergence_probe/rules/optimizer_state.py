@@ -175,6 +175,7 @@ class HardClipping(Rule):
     name = "clipping-always-active"
     severity = Severity.WARNING
     cause = "hard-clipping"
+    unit = "step"
     _FEWEST = 8
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -328,7 +329,7 @@ class BaseMutated(Rule):
             frame,
             row,
             f"the outer step starts from the weights the inner loop left in the base "
-            f"({layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''})",
+            f"({frame.called(layers)})",
             "the base was changed before this outer step",
             layer=layers[0],
             layers=layers,
@@ -350,9 +351,8 @@ class BaseMutated(Rule):
         return self.at(
             frame,
             row,
-            f"task {int(frame.task[row])} begins with weights {how} ({layers[0]}"
-            f"{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}), with no outer step "
-            "between",
+            f"task {int(frame.task[row])} begins with weights {how} ({frame.called(layers)}), with "
+            "no outer step between",
             "the task begins with weights another task left",
             severity=Severity.INFO if meant else Severity.WARNING,
             layer=layers[0],

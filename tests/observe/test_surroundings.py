@@ -251,3 +251,30 @@ def test_a_fully_compiled_step_is_unobserved() -> None:
         for _ in range(4):
             weight = step(weight, torch.randn(5, 4))
     assert probe.diagnosis.verdict == "unobserved"
+
+
+@pytest.mark.parametrize("default", [None, "cpu"])
+def test_a_default_device_hides_no_task(default: str | None) -> None:
+    """``set_default_device`` is a function mode below ours, for the rest of the program."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    x, y = torch.randn(12, 4), torch.arange(3).repeat(4)
+    torch.set_default_device(default)
+    try:
+        with divergence_probe.attach() as probe:
+            for _ in range(TASKS):
+                fast = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+                for _ in range(STEPS):
+                    loss = F.cross_entropy(functional_call(net, fast, (x,)), y)
+                    grads = torch.autograd.grad(loss, list(fast.values()))
+                    fast = {
+                        name: (p - RATE * g).detach().requires_grad_()
+                        for (name, p), g in zip(fast.items(), grads, strict=True)
+                    }
+                functional_call(net, fast, (x,))
+    finally:
+        torch.set_default_device(None)
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (TASKS, TASKS * STEPS)
+    assert probe.diagnosis.verdict == "healthy"

@@ -87,6 +87,7 @@ def diverged(path: str = "eval.py", confidence: str = "confirmed") -> Diagnosis:
             step=0,
             phase="support",
             count=10,
+            unit="task",
             evidence={"mean_distance": 18.4, "batches_seen": 0},
             fix="net.train()",
             marks=story[:1],
@@ -102,6 +103,7 @@ def diverged(path: str = "eval.py", confidence: str = "confirmed") -> Diagnosis:
             step=2,
             phase="support",
             count=9,
+            unit="task",
             evidence={"growth": 5.7e12, "last": math.inf},
             marks=story[1:],
         ),
@@ -123,6 +125,7 @@ def diverged(path: str = "eval.py", confidence: str = "confirmed") -> Diagnosis:
             Severity.INFO,
             "statistics do not pass from task to task: higher clones the buffers",
             count=10,
+            unit="task",
         ),
     )
     proof = ()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from divergence_probe.diagnosis.diagnosis import NormTrace
+from divergence_probe.diagnosis.diagnosis import BatchNormRow, NormTrace
 from divergence_probe.report import numbers
 
 
@@ -69,3 +69,27 @@ def test_telling_steps_hold_each_step_once_with_the_ends_first() -> None:
         steps = numbers.telling_steps([trace])
         assert sorted(steps) == list(range(longest))
         assert not longest or steps[0] == 0
+
+
+def bn(support: str, query: str | None = None) -> BatchNormRow:
+    modes = {"support": support} | ({"query": query} if query else {})
+    return BatchNormRow("norm", modes, 0, 1.0, 1.0, "own")
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "notes"),
+    [
+        (bn("eval"), "eval", []),
+        (bn("train", "train"), "train", []),
+        (
+            bn("train→eval", "train→eval"),
+            "train→eval",
+            ["train→eval: train mode in earlier tasks, eval mode in later ones"],
+        ),
+        (bn("train+eval"), "train+eval", ["train+eval: now in one mode, now in the other"]),
+        (bn("train", "eval"), "train/eval", ["…/…: support, then query"]),
+    ],
+)
+def test_modes_in_words(row: BatchNormRow, words: str, notes: list[str]) -> None:
+    assert numbers.mode_words(row) == words
+    assert numbers.mode_notes([row, row]) == notes

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from divergence_probe.record.schema import Layout, ParameterInfo
 from divergence_probe.rules.engine import Engine
 from divergence_probe.rules.finding import Finding, Severity
 from divergence_probe.rules.registry import all_rules
@@ -138,3 +139,39 @@ def test_rules_that_are_not_selected_do_not_run():
 
     assert rules.feed(make(inner(carried_gradient=1.0, norm_after=[500, 1, 1])))
     assert [f.rule for f in rules.findings] == ["NG001"]
+
+
+def test_a_task_counts_once_however_many_blocks_it_takes():
+    rules = engine("NF001")
+    for task in range(2):
+        for step in range(3):
+            rules.feed(make(inner(task, step, loss=float("nan"))))
+
+    (finding,) = rules.findings
+    assert (finding.count, finding.unit) == (2, "task")
+
+
+def test_what_is_counted():
+    rules = engine("NF002", "OPT003", "NG001")
+    for task in range(8):
+        clipped = inner(task, flags=16 | 128, norm_after=[500, 1, 1])
+        rules.feed(make(clipped, outer(gradient_norm=[float("inf"), 1, 1])))
+    rules.finish()
+
+    assert {f.rule: (f.count, f.unit) for f in rules.findings} == {
+        "NF002": (8, "outer step"), "OPT003": (8, "step"), "NG001": (8, "task"),
+    }  # fmt: skip
+
+
+def test_layers_that_are_but_numbers_are_called_layers():
+    infos = (
+        ParameterInfo("1.weight", (4,), "float32", "cpu", "BatchNorm2d"),
+        ParameterInfo("head.weight", (4,), "float32", "cpu", "Linear"),
+    )
+    block = make(inner(), parameters=["1.weight", "head.weight"])
+    block.layout = Layout(0, "Net", infos, ["1", "4"])
+    frame = engine()._frame(block)
+
+    assert frame.called(["1"]) == "layer 1 (BatchNorm2d)"
+    assert frame.called(["4", "1"]) == "layer 4 and 1 more layer"
+    assert frame.called(["head", "1", "4"]) == "head and 2 more layers"

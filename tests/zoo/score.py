@@ -2,7 +2,8 @@
 
 ``python -m tests.zoo.score`` prints the table; ``--write docs/accuracy.md`` writes it;
 ``--only TEXT`` runs scripts whose path contains TEXT. Each script runs as
-``probe run --json ... SCRIPT`` in a process of its own, forked from one that has torch imported.
+``probe run --json ... SCRIPT`` in a process of its own, forked from one that has torch imported; in
+as many as ``ranks`` in the expectations says, as under torchrun.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -116,14 +118,18 @@ def expectations() -> dict[str, dict[str, Any]]:
     return tomllib.loads((HERE / "expected.toml").read_text(encoding="utf-8"))
 
 
-def run(scripts: Iterable[tuple[str, dict[str, Any]]], echo: bool = False) -> list[Score]:
-    """Run scripts one after the other."""
-    import higher  # noqa: F401 - imported once here instead of in every child
+def preload() -> None:
+    """Import once what would be imported in every child."""
+    import higher  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torchopt  # noqa: F401
 
     import divergence_probe.watched_run  # noqa: F401
 
+
+def run(scripts: Iterable[tuple[str, dict[str, Any]]], echo: bool = False) -> list[Score]:
+    """Run scripts one after the other."""
+    preload()
     scores = []
     for script, expected in scripts:
         score = _run(script, expected)
@@ -137,33 +143,50 @@ def _run(script: str, expected: dict[str, Any]) -> Score:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        child = os.fork()
-        if child == 0:
-            _child(HERE / script, Path(folder), report)
-        code = _wait(child)
+        children = []
+        for place in _places(expected.get("ranks", 1)):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.environ.update(place)
+                become_probe(HERE / script, Path(folder), report)
+        code, *_ = [wait_for(child) for child in children]  # rank 0's
         data = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     return Score(script, expected, data, code, time.perf_counter() - started)
 
 
-def _child(script: Path, folder: Path, report: Path) -> None:
-    """Become ``probe run``: never returns."""
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun sets it."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def become_probe(
+    script: Path, folder: Path, report: Path, *options: str, seconds: int = SECONDS
+) -> None:
+    """Be ``probe run`` in ``folder``, its output in the file ``log`` there; never returns."""
     code = 70
     try:
         os.chdir(folder)
         log = os.open("log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         from divergence_probe.cli import main
 
-        code = main(["run", "-o", "recording", "--json", str(report), str(script)])
+        code = main(["run", "-o", "recording", "--json", str(report), *options, str(script)])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     finally:
         os._exit(code)
 
 
-def _wait(child: int) -> int:
+def wait_for(child: int) -> int:
+    """Its exit code."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 

@@ -54,6 +54,8 @@ class Float64(Intervention):
 
 
 class _Double(TorchFunctionMode):
+    of_the_probe = True  # what it follows may be followed on top of it
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _CASTS:

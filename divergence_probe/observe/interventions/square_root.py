@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from divergence_probe.observe.interventions.base import Context, Intervention
 
 EPS = 1e-12
-_ROOTS = {torch.sqrt, Tensor.sqrt}
-_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
+_IN_PLACE = {torch.sqrt_, Tensor.sqrt_, Tensor.pow_}
+_ROOTS = {torch.sqrt, Tensor.sqrt, torch.sqrt_, Tensor.sqrt_}
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__, Tensor.pow_}
 
 
 class EpsUnderSquareRoot(Intervention):
@@ -35,12 +36,17 @@ class EpsUnderSquareRoot(Intervention):
 
 
 class _Shifted(TorchFunctionMode):
+    of_the_probe = True  # what it follows may be followed on top of it
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         root = func in _ROOTS or (func in _POWERS and len(args) > 1 and args[1] == 0.5)
         if root and args[0].requires_grad:
             zero = args[0].detach() == 0
             if bool(zero.any()) and not _in_forward(sys._getframe(1)):
-                args = (torch.where(zero, args[0] + EPS, args[0]), *args[1:])
+                if func in _IN_PLACE:  # TorchOpt's
+                    args[0].add_(zero.to(args[0].dtype) * EPS)
+                else:
+                    args = (torch.where(zero, args[0] + EPS, args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

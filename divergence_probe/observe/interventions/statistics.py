@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from divergence_probe.observe.interventions.base import Context, Intervention
 
 _MOST_GROUPS = 8
+_FEWEST_VALUES = 16
 #: input, running_mean, running_var, weight, bias, training, momentum, eps
 _Call = list[Any]
 
@@ -114,10 +115,17 @@ class GroupNormalization(Intervention):
             data = call[0]
             if not call[5] or not _adapting(context):
                 return None
-            groups = math.gcd(data.shape[1], _MOST_GROUPS)
-            return F.group_norm(data, groups, call[3], call[4], call[7])
+            return F.group_norm(data, _groups(data), call[3], call[4], call[7])
 
         _swap(context, change)
+
+
+def _groups(data: Tensor) -> int:
+    """As many groups as leave each enough values: a few would be as bad as a tiny batch."""
+    groups = math.gcd(data.shape[1], _MOST_GROUPS)
+    while groups > 1 and data[0].numel() // groups < _FEWEST_VALUES:
+        groups //= 2
+    return groups
 
 
 class ClonedBuffers(Intervention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from divergence_probe.diagnosis.diagnosis import Diagnosis, Health
@@ -118,11 +119,13 @@ def _health(diagnosis: Diagnosis, width: int) -> list[Text]:
     if diagnosis.verdict == "suspect" and diagnosis.health == Health():
         return []
     lines = heading("How well it behaved", width, watched(diagnosis))
-    for label, value, grade, meaning in health_rows(diagnosis):
+    vitals = health_rows(diagnosis)
+    room = max(14, *(cell_len(vital.value) + 1 for vital in vitals))
+    for label, value, grade, meaning in vitals:
         start = (
             Text("   ")
             + Text(f"{label:<14}", style="bold")
-            + Text(f"{value:<14}", style=_GRADES[grade])
+            + Text(f"{value:<{room}}", style=_GRADES[grade])
         )
         body = wrapped(Text(meaning, style="dim"), width - start.cell_len - 1)
         lines += [

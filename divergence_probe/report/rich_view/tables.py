@@ -18,10 +18,11 @@ from divergence_probe.report.rich_view.layout import (
     short_name,
     wrapped,
 )
-from divergence_probe.report.wording import count_of, one_line
+from divergence_probe.report.wording import count_of, one_line, seen
 from divergence_probe.rules.finding import Finding
 
 _SPARK = 10
+_WIDE = 76  # columns have their long titles, and counts a column
 _NAME = 10  # a layer name cut shorter than this is no help
 
 
@@ -122,17 +123,23 @@ def batch_norm_table(rows: Sequence[BatchNormRow], width: int, limit: int) -> li
     """BatchNorm layers, statistics farthest from the batch's own first."""
     shown = numbers.by_distance(rows)[:limit]
     head = ["layer", "mode", "batches seen", "mean off by", "variance", "buffers"]
-    if width < 76:
+    if width < _WIDE:
         head = ["layer", "mode", "seen", "mean", "var", "buffers"]
     cells = [[Text(title, style="dim") for title in head]]
     cells += [_batch_norm_cells(row) for row in shown]
+    if all(row.base_buffers == "own" for row in shown):
+        cells = [line[:-1] for line in cells]
+    right = [False, False, *[True] * 3, False][: len(cells[0])]
     few = [row.values_per_channel for row in shown]
     if width >= 100 and any(values is not None for values in few):
         cells[0].append(Text("values/channel", style="dim"))
         for line, values in zip(cells[1:], few, strict=True):
             line.append(Text("–" if values is None else str(values)))
+        right.append(True)
     _shorten_names(cells, width)
-    lines = columns(cells, [False, False, *[True] * 3, False, *[True] * (len(cells[0]) - 6)], width)
+    lines = columns(cells, right, width)
+    for note in numbers.mode_notes(shown):
+        lines += wrapped(Text(note, style="dim"), width, " " * GUTTER)
     if len(rows) > len(shown):
         more = f"and {count_of(len(rows) - len(shown), 'more layer')}, closer to the batch"
         lines += wrapped(Text(more, style="dim"), width, " " * GUTTER)
@@ -148,7 +155,7 @@ def _batch_norm_cells(row: BatchNormRow) -> list[Text]:
         "–" if math.isnan(row.variance_ratio) else numbers.times(row.variance_ratio), style=style
     )
     distance = Text(f"{numbers.brief(row.mean_distance)} σ" if measured else "–", style=style)
-    mode = Text(cropped(one_line(numbers.mode_words(row)), 12))
+    mode = Text(cropped(one_line(numbers.mode_words(row)), 21))
     buffers = "" if row.base_buffers == "own" else row.base_buffers
     return [
         Text(one_line(row.layer)),
@@ -191,8 +198,9 @@ def findings_list(folded: Sequence[tuple[Finding, int]], width: int, limit: int)
     """One entry a rule: severity, code, how often, and what its most telling finding says."""
     shown = folded[:limit]
     code_width = max((cell_len(one_line(finding.rule)) for finding, _ in shown), default=0)
-    counts = [f"×{count}" if count > 1 else "" for _, count in shown]
-    count_width = max(map(cell_len, counts), default=0)
+    counts = [seen(finding, count) for finding, count in shown]
+    beside = width >= _WIDE
+    count_width = max(map(cell_len, counts), default=0) if beside else 0
     lines: list[Text] = []
     for (finding, _), times in zip(shown, counts, strict=True):
         label = finding.severity.label
@@ -200,9 +208,10 @@ def findings_list(folded: Sequence[tuple[Finding, int]], width: int, limit: int)
         start += Text(
             f"  {cropped(one_line(finding.rule), 12):<{min(12, code_width)}}", style="bold"
         )
-        start += Text(f"  {times:>{count_width}}" if count_width else "")
+        start += Text(f"  {times:<{count_width}}" if count_width else "")
         room = width - start.cell_len - 2
-        body = wrapped(Text(one_line(finding.message)), room)
+        often = f"{times}: " if times and not beside else ""
+        body = wrapped(Text(often + one_line(finding.message)), room)
         if len(body) > 3:
             body = [*body[:2], Text(cropped(body[2].plain + " " + body[3].plain, room))]
         lines += [
