@@ -126,6 +126,7 @@ class Pending:
     versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
+        complete: whether it was followed no further than to the update, not to its first use.
         width: tasks batched by vmap.
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
@@ -151,6 +152,7 @@ class Pending:
     versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False
     followed: bool = False
+    complete: bool = False
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
@@ -254,6 +256,7 @@ class Follower(TorchFunctionMode):
         with self._guard.work():
             self._look(pending, func, args, kwargs or {}, result)
             if _is_complete(pending):
+                pending.complete = True
                 self._forget()
         return result
 

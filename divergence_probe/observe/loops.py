@@ -23,7 +23,7 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.tensors import base_of, batched, leaves, physical
+from divergence_probe.observe.tensors import base_of, batched, carries_graph, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
@@ -147,7 +147,7 @@ class Loops:
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
         scalar = loss is not None and loss.numel() == 1
-        second_order = any(g is not None and g.requires_grad for g in gradients)
+        second_order = any(g is not None and carries_graph(g) for g in gradients)
         pending = Pending(
             site=site,
             function=function,
@@ -414,7 +414,7 @@ class Loops:
             weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
         ]
         thread.task = task
-        self._in_place.began(task, pending.before)
+        self._in_place.began(task, pending.before, tensors)
         return task
 
     def _copied_from(self, pending: Pending) -> tuple[KnownModel, list[int]] | None:

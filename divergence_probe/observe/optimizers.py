@@ -25,6 +25,7 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.tensors import is_fresh
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -172,7 +173,10 @@ class Optimizers:
             positions = list(places.values())
         else:
             known, positions = self._loops.name(parameters, parameters)
-            outer = known in self._session.bases or known in self._session.adapted_by_hand
+            if self._note_equal(parameters, known, positions):
+                base, outer = known, False
+            else:
+                outer = known in self._session.bases or known in self._session.adapted_by_hand
         if pending is None and base is not None:
             self._check_base_weights(parameters)
         if pending is not None:
@@ -306,7 +310,9 @@ class Optimizers:
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
         self._nesting.began(
-            task, spread(step.before, step.positions, len(step.known.layout.parameters))
+            task,
+            spread(step.before, step.positions, len(step.known.layout.parameters)),
+            step.parameters,
         )
         return task
 
@@ -345,6 +351,21 @@ class Optimizers:
             return None, []
         return places[0][0], [place[1] for place in places]
 
+    def _note_equal(
+        self, parameters: list[Tensor], known: KnownModel, positions: list[int]
+    ) -> bool:
+        """Whether parameters begin as another model's, value by value: then they are its copies."""
+        origins = [known.parameters[position]() for position in positions]
+        for parameter, origin in zip(parameters, origins, strict=True):
+            if origin is None or origin is parameter or not _equal(parameter, origin):
+                return False
+        if all(map(is_fresh, parameters)):
+            return False
+        for parameter, origin in zip(parameters, origins, strict=True):
+            if origin is not None:
+                self._session.models.note_copy(parameter, origin)
+        return True
+
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""
         if base is None:
@@ -381,6 +402,11 @@ class Optimizers:
                 if task.provisional and task.base is not None:
                     self._session.confirm(task)
                 self._finish(task)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same values, looked at only where no device is waited for."""
+    return left.device.type == right.device.type == "cpu" and torch.equal(left, right)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

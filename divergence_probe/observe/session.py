@@ -544,6 +544,9 @@ class Session:
             closing()
         for task in list(self.open):
             self.finish_task(task)
+        kept = self._retention.closed()
+        if kept is not None:
+            self.event("graph-retained", None, kept[1], tasks=kept[0])
         self.flush()
 
 

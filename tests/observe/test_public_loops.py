@@ -1,0 +1,205 @@
+"""Loops of the kinds found in public repositories that were once missed or misread."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import divergence_probe
+from divergence_probe.record.schema import FLAGS, PHASES
+
+RATE = 0.05
+
+
+def forward(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, weights[0], weights[1])), weights[2], weights[3])
+
+
+def weights() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((6, 3), (6,), (2, 6), (2,))
+    return [(torch.randn(shape) / 2).requires_grad_() for shape in shapes]
+
+
+def batches(tasks: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(tasks, 8, 3), torch.randn(tasks, 8, 2)
+
+
+def codes(probe: divergence_probe.Probe) -> set[str]:
+    return {finding.rule for finding in probe.diagnosis.findings}
+
+
+def test_one_step_tasks_from_one_base_are_tasks_of_their_own() -> None:
+    """MAML with one inner step: every gradient is taken of the base, and none is thrown away."""
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+
+    def query_loss(x: Tensor, y: Tensor) -> Tensor:
+        grads = torch.autograd.grad(F.mse_loss(forward(x, base), y), base, create_graph=True)
+        fast = [w - RATE * g for w, g in zip(base, grads, strict=True)]
+        return F.mse_loss(forward(x, fast), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(10):
+            outer.zero_grad()
+            losses = [query_loss(x, y) for x, y in zip(*batches(), strict=True)]
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (40, 40)
+    assert not codes(probe) and probe.diagnosis.verdict == "healthy"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_second_order_is_seen_through_transforms(batched: bool) -> None:
+    """What ``torch.func.grad`` returns inside vmap is wrapped; the outer backward goes through."""
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+
+    def query_loss(x: Tensor, y: Tensor) -> Tensor:
+        grads = grad(lambda w: F.mse_loss(forward(x, w), y))(base)
+        return F.mse_loss(forward(x, [w - RATE * g for w, g in zip(base, grads, strict=True)]), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(3):
+            outer.zero_grad()
+            xs, ys = batches()
+            losses = vmap(query_loss)(xs, ys) if batched else query_loss(xs[0], ys[0])
+            losses.mean().backward()
+            outer.step()
+
+    assert not codes(probe)
+
+
+def test_an_inner_gradient_under_an_outer_transform_is_second_order() -> None:
+    base = [weight.detach() for weight in weights()]
+
+    def meta_loss(base: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        grads = grad(lambda w: F.mse_loss(forward(x, w), y))(base)
+        return F.mse_loss(forward(x, [w - RATE * g for w, g in zip(base, grads, strict=True)]), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(3):
+            xs, ys = batches()
+            grad(lambda w, x, y: vmap(meta_loss, (None, 0, 0))(w, x, y).mean())(base, xs, ys)
+
+    rows = [
+        (phase, flags)
+        for block in probe.recording.blocks()
+        for phase, flags in zip(block.scalars["phase"], block.scalars["flags"], strict=True)
+    ]
+    inner = [int(flags) for phase, flags in rows if phase == PHASES.index("support")]
+    assert len(inner) == 12 and all(flags & FLAGS["second_order"] for flags in inner)
+
+
+def test_the_skeleton_of_a_functional_model_names_its_weights() -> None:
+    """``functorch.make_functional`` calls a copy on the meta device, which has no values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        functorch = pytest.importorskip("functorch")
+        net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+        call, base, buffers = functorch.make_functional_with_buffers(net)
+    names = [name for name, _ in net.named_parameters()]
+    outer = torch.optim.Adam(base, lr=1e-3)
+    del net
+
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(), strict=True):
+            outer.zero_grad()
+            fast = base
+            for _ in range(3):
+                loss = F.mse_loss(call(fast, buffers, x), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            F.mse_loss(call(fast, buffers, x), y).backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (4, 12)
+    assert list(dict.fromkeys(steps.parameter)) == names
+    assert (steps.phase == "outer").sum() == 4 * len(names)
+    assert not codes(probe)
+
+
+def test_warnings_of_the_script_are_shown_as_often_as_without_the_probe(tmp_path: Path) -> None:
+    """What changes Python's warning filters in the run makes it forget what it has shown."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, warnings, torch
+            w = torch.ones(3, requires_grad=True)
+            for _ in range(600):
+                warnings.warn("heard of the script")
+                fast = w
+                for _ in range(2):
+                    fast = fast - 0.01 * torch.autograd.grad(fast.pow(2).sum(), fast)[0]
+                fast.sum().backward()
+            print("pandas" in sys.modules)
+            """
+        )
+    )
+    command = [sys.executable, "-m", "divergence_probe", "run", "-o", str(tmp_path / "recording")]
+    ran = subprocess.run([*command, str(script)], capture_output=True, text=True)
+
+    assert ran.stdout == "False\n"
+    assert ran.stderr.count("UserWarning: heard of the script") == 1
+
+
+def test_a_large_meta_batch_may_keep_its_graphs_until_its_outer_step() -> None:
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+    with divergence_probe.attach() as probe:
+        for tasks in (40, 40):
+            outer.zero_grad()
+            losses = []
+            for x, y in zip(*batches(tasks), strict=True):
+                fast = base
+                for _ in range(2):
+                    loss = F.mse_loss(forward(x, fast), y)
+                    grads = torch.autograd.grad(loss, fast, create_graph=True)
+                    fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+                losses.append(F.mse_loss(forward(x, fast), y))
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    assert "MEM001" not in codes(probe)
+
+
+def test_equal_zeros_are_not_one_model_that_starts_over() -> None:
+    """Four vectors of zeros, each trained in place by an optimizer of its own: no inner loop."""
+    vectors = [nn.Parameter(torch.zeros(5)) for _ in range(4)]
+    optimizers = [torch.optim.Adam((vector,), lr=0.1) for vector in vectors]
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            for vector, optimizer in zip(vectors, optimizers, strict=True):
+                optimizer.zero_grad()
+                (vector - torch.randn(5)).pow(2).sum().backward()
+                optimizer.step()
+
+    assert probe.diagnosis.summary.tasks == 0
+
+
+def test_vectors_of_zeros_made_anew_for_every_task_are_inner_loops() -> None:
+    """The healthy look-alike: context parameters, which begin at zero and are left behind."""
+    net = nn.Linear(5, 2)
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            context = torch.zeros(5, requires_grad=True)
+            optimizer = torch.optim.SGD([context], lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.mse_loss(net(torch.ones(4, 5) + context), torch.zeros(4, 2)).backward()
+                optimizer.step()
+
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (4, 12)
