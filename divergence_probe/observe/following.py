@@ -378,14 +378,17 @@ class Follower(TorchFunctionMode):
             known = pending.candidates[index]
             same = tensor.shape == (before.shape if pending.width == 1 else before.shape[1:])
             same |= tensor.shape == before.shape
-            if same and not any(candidate.tensor() is tensor for candidate in known):
+            if same and not any(
+                candidate.tensor() is tensor or _rearranged(candidate, tensor)
+                for candidate in known
+            ):
                 value = batched(tensor, pending.width).detach()
                 known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
 
     def _used(self, pending: Pending, tensor: Tensor) -> None:
         for index, candidates in enumerate(pending.candidates):
             for position, candidate in enumerate(candidates):
-                if candidate.tensor() is tensor:
+                if candidate.tensor() is tensor or _rearranged(candidate, tensor):
                     pending.used.setdefault(index, position)
 
     def _tag(self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]) -> None:
@@ -393,6 +396,14 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
+
+
+def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:
+    """Whether a tensor is a candidate's own memory in another order: a square weight transposed."""
+    value = candidate.value
+    if value.dim() < 2 or tensor.dim() != value.dim() or tensor.layout is not torch.strided:
+        return False
+    return tensor.stride() != value.stride() and _storage(tensor) == _storage(value)
 
 
 def _is_complete(pending: Pending) -> bool:

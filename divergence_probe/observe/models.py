@@ -166,7 +166,9 @@ class Models:
                 return known, name
         return None
 
-    def match(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
+    def match(
+        self, tensors: Sequence[Tensor], among: Iterable[KnownModel] | None = None
+    ) -> tuple[KnownModel, list[int]] | None:
         """A known model with parameters of the same shapes and values, and their positions.
 
         For fast weights that were cloned and detached, which identity cannot name. Compared on the
@@ -176,7 +178,7 @@ class Models:
             return None
         if all(is_fresh(tensor) for tensor in tensors):
             return None  # zeros are equal to any other zeros
-        for known in list(self._by_model.values()):
+        for known in list(self._by_model.values() if among is None else among):
             own = [reference() for reference in known.parameters]
             positions: list[int] = []
             for tensor in tensors:

@@ -25,7 +25,6 @@ from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.tensors import is_fresh
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -33,6 +32,7 @@ def install(patches: Patches, session: Session, loops: Loops) -> None:
     watch = _WATCHES[session] = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
+    patches.set_attribute(Optimizer, "load_state_dict", watch.load)
 
 
 _WATCHES: weakref.WeakKeyDictionary[Session, Optimizers] = weakref.WeakKeyDictionary()
@@ -92,6 +92,7 @@ class Optimizers:
         self._thread = _Thread()
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
+        self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         session.closing.append(self.close)
         session.restoring.append(self._restored)
 
@@ -107,6 +108,19 @@ class Optimizers:
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self.closure(kwargs["closure"])}
         return None
+
+    def load(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A state put into an optimizer is meant to be there when its next task begins."""
+
+        @functools.wraps(original)
+        def load_state_dict(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = original(optimizer, *args, **kwargs)
+            if not self._passes():
+                with self._session.guard.work():
+                    self._loaded.add(optimizer)
+            return result
+
+        return load_state_dict
 
     def closure(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Look at the first call of a closure as at what precedes any other step.
@@ -172,11 +186,12 @@ class Optimizers:
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
-            known, positions = self._loops.name(parameters, parameters)
-            if self._note_equal(parameters, known, positions):
-                base, outer = known, False
-            else:
-                outer = known in self._session.bases or known in self._session.adapted_by_hand
+            equal = self._equal_to_base(parameters)
+            known, positions = equal or self._loops.name(parameters, parameters)
+            base = known if equal else None
+            outer = base is None and (
+                known in self._session.bases or known in self._session.adapted_by_hand
+            )
         if pending is None and base is not None:
             self._check_base_weights(parameters)
         if pending is not None:
@@ -305,10 +320,12 @@ class Optimizers:
             in_place=True,
             carried_steps=step.facts.carried_steps,
             carried_state=step.facts.carries_state,
+            loaded_state=step.optimizer in self._loaded,
             copied=base is not None,
         )
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
+        self._loaded.discard(step.optimizer)
         self._nesting.began(
             task,
             spread(step.before, step.positions, len(step.known.layout.parameters)),
@@ -351,20 +368,17 @@ class Optimizers:
             return None, []
         return places[0][0], [place[1] for place in places]
 
-    def _note_equal(
-        self, parameters: list[Tensor], known: KnownModel, positions: list[int]
-    ) -> bool:
-        """Whether parameters begin as another model's, value by value: then they are its copies."""
-        origins = [known.parameters[position]() for position in positions]
-        for parameter, origin in zip(parameters, origins, strict=True):
-            if origin is None or origin is parameter or not _equal(parameter, origin):
-                return False
-        if all(map(is_fresh, parameters)):
-            return False
-        for parameter, origin in zip(parameters, origins, strict=True):
-            if origin is not None:
+    def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
+        """The base that parameters begin equal to, value by value: then they are its copies."""
+        matched = self._session.models.match(parameters, self._session.bases)
+        if matched is None:
+            return None
+        known, positions = matched
+        for parameter, position in zip(parameters, positions, strict=True):
+            origin = known.parameters[position]()
+            if origin is not None and origin is not parameter:
                 self._session.models.note_copy(parameter, origin)
-        return True
+        return matched
 
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""
@@ -402,11 +416,6 @@ class Optimizers:
                 if task.provisional and task.base is not None:
                     self._session.confirm(task)
                 self._finish(task)
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same values, looked at only where no device is waited for."""
-    return left.device.type == right.device.type == "cpu" and torch.equal(left, right)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

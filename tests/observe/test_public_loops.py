@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -203,3 +204,102 @@ def test_vectors_of_zeros_made_anew_for_every_task_are_inner_loops() -> None:
                 optimizer.step()
 
     assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (4, 12)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_reptile_hands_its_optimizer_state_on(loaded: bool) -> None:
+    """State put into a new optimizer is meant; one optimizer for every task carries it silently."""
+    net = nn.Linear(3, 2)
+    learner = copy.deepcopy(net)
+    shared = torch.optim.Adam(learner.parameters(), lr=0.01)
+    state = shared.state_dict()
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(), strict=True):
+            if loaded:
+                learner = copy.deepcopy(net)
+                inner = torch.optim.Adam(learner.parameters(), lr=0.01)
+                inner.load_state_dict(state)
+            else:
+                learner.load_state_dict(net.state_dict())
+                inner = shared
+            for _ in range(3):
+                inner.zero_grad()
+                F.mse_loss(learner(x), y).backward()
+                inner.step()
+            state = inner.state_dict()
+
+    found = [finding for finding in probe.diagnosis.findings if finding.rule == "OPT001"]
+    assert [finding.severity.label for finding in found] == ["info" if loaded else "warning"]
+
+
+def test_copies_made_by_torchopt_and_moved_by_an_implicit_gradient() -> None:
+    """iMAML: copies of the base, restored in place, and conjugate gradients inside a backward."""
+    torchopt = pytest.importorskip("torchopt")
+    meta = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    solver = torchopt.linear_solve.solve_normal_cg(maxiter=3, atol=0)
+
+    class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solver):
+        def __init__(self, meta: nn.Module) -> None:
+            super().__init__()
+            self.meta = meta
+            self.net = torchopt.module_clone(meta, by="deepcopy", detach_buffers=True)
+
+        def restore(self) -> None:
+            with torch.no_grad():
+                for own, base in zip(self.parameters(), self.meta_parameters(), strict=True):
+                    own.data.copy_(base.data)
+                    own.detach_().requires_grad_()
+
+        def objective(self, x: Tensor, y: Tensor) -> Tensor:
+            both = zip(self.parameters(), self.meta_parameters(), strict=True)
+            return F.mse_loss(self.net(x), y) + sum((a - b).pow(2).sum() for a, b in both)
+
+        def solve(self, x: Tensor, y: Tensor) -> Inner:
+            parameters = tuple(self.parameters())
+            inner = torchopt.SGD(parameters, lr=0.1)
+            with torch.enable_grad():
+                for _ in range(3):
+                    inner.zero_grad()
+                    self.objective(x, y).backward(inputs=parameters)
+                    inner.step()
+            return self
+
+    outer = torchopt.Adam(meta.parameters(), lr=1e-3)
+    with divergence_probe.attach() as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nets = [Inner(meta) for _ in range(4)]
+        for _ in range(3):
+            losses = []
+            for net, x, y in zip(nets, *batches(), strict=True):
+                net.restore()
+                losses.append(F.mse_loss(net.solve(x, y).net(x), y))
+            outer.zero_grad()
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    names = [name for name, _ in meta.named_parameters()]
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (12, 36)
+    assert probe.diagnosis.summary.outer_steps == 3
+    assert list(dict.fromkeys(steps.parameter)) == names
+    assert codes(probe) <= {"MG003"}
+
+
+def test_a_square_weight_used_transposed_is_recorded_as_it_is() -> None:
+    """``x @ w.t()``: the transposed weight has the weight's own shape and is not its update."""
+    torch.manual_seed(0)
+    base = [torch.randn(6, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)]
+    moved = []
+    with divergence_probe.attach() as probe:
+        for x, y in zip(torch.randn(4, 8, 6), torch.randn(4, 8, 2), strict=True):
+            fast = [weight.clone() for weight in base]
+            for _ in range(1):
+                loss = F.mse_loss(torch.tanh(x @ fast[0].t()) @ fast[1].t(), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+                moved.append((RATE * grads[0]).norm().item())
+            F.mse_loss(torch.tanh(x @ fast[0].t()) @ fast[1].t(), y).backward()
+
+    steps = probe.recording.steps()
+    rows = steps[(steps.phase == "support") & (steps.parameter == steps.parameter.iloc[0])]
+    assert rows.update_norm.to_list() == pytest.approx(moved, rel=1e-4)
