@@ -146,6 +146,7 @@ class Session:
         self.restoring: list[Callable[[Task], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
+        self._unnamed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._last_rows: dict[int, Row] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink
@@ -485,10 +486,11 @@ class Session:
                     name = task.module_names.get(id(module))
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
                 name = self._name_by_weight(call, known, task)
-            if name is None:
-                kind = type(module).__name__ if module is not None else "batch_norm"
-                name = f"{kind}[{order}]"
-            call.name = name
+            if name is None and module is not None:
+                name = self._unnamed.setdefault(
+                    module, f"{type(module).__name__}[{len(self._unnamed)}]"
+                )
+            call.name = name or f"batch_norm[{order}]"
 
     def _name_by_weight(
         self, call: NormalizationCall, known: KnownModel, task: Task | None

@@ -303,3 +303,24 @@ def test_a_square_weight_used_transposed_is_recorded_as_it_is() -> None:
     steps = probe.recording.steps()
     rows = steps[(steps.phase == "support") & (steps.parameter == steps.parameter.iloc[0])]
     assert rows.update_norm.to_list() == pytest.approx(moved, rel=1e-4)
+
+
+def test_layers_outside_the_adapted_model_keep_one_name() -> None:
+    """ANIL: the head alone is adapted, and the body's BatchNorm runs for support and query."""
+    body = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    head = nn.Linear(6, 2)
+    losses = []
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(), strict=True):
+            fast = list(head.parameters())
+            support, query = body(x), body(x)
+            for _ in range(2):
+                loss = F.mse_loss(F.linear(support, *fast), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            losses.append(F.mse_loss(F.linear(query, *fast), y))
+        torch.stack(losses).mean().backward()
+
+    layouts = probe.recording.meta["layouts"]
+    names = {name for layout in layouts for name in layout["batch_norms"]}
+    assert sum(name.startswith("BatchNorm1d") for name in names) == 2
