@@ -410,6 +410,10 @@ class Loops:
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
+        if not in_place and pending.width == 1:
+            for tensor, position in zip(tensors, positions, strict=True):
+                if tensor is not None and tensor.is_leaf:
+                    models.note(tensor, known, position)  # what tasks begin from is no copy of it
         task.began = [
             weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
         ]
@@ -498,12 +502,18 @@ class Loops:
             self._session.query(task, forwards, pending.loss, pending.site, pending.flags)
 
     def _count_repetition(self, pending: Pending) -> None:
-        """Note a gradient taken again and again at one point, with the very same loss."""
+        """Note a gradient taken again and again at one point, with the very same loss.
+
+        One that can be differentiated is no unused step: products with a Hessian take it so.
+        """
         thread = self._thread
         loss = pending.loss
+        inputs = [reference() for reference in pending.inputs]
+        if pending.flags & FLAGS["second_order"] or any(tensor is None for tensor in inputs):
+            return  # (what a transform wrapped for the call is gone, and its point with it)
         if not isinstance(loss, Tensor) or loss.device.type != "cpu" or loss.numel() != 1:
             return
-        key = (pending.site, tuple(map(id, (r() for r in pending.inputs))), float(loss))
+        key = (pending.site, tuple(map(id, inputs)), float(loss))
         thread.repeated = thread.repeated + 1 if key == thread.unused else 1
         thread.unused = key
         if thread.repeated == _REPETITIONS:

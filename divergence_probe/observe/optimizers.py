@@ -370,6 +370,8 @@ class Optimizers:
 
     def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """The base that parameters begin equal to, value by value: then they are its copies."""
+        if any(self._session.models.stand_in(parameter) for parameter in parameters):
+            return None  # tasks began from these very tensors
         matched = self._session.models.match(parameters, self._session.bases)
         if matched is None:
             return None

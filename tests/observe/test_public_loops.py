@@ -103,7 +103,8 @@ def test_an_inner_gradient_under_an_outer_transform_is_second_order() -> None:
     assert len(inner) == 12 and all(flags & FLAGS["second_order"] for flags in inner)
 
 
-def test_the_skeleton_of_a_functional_model_names_its_weights() -> None:
+@pytest.mark.parametrize("original_lives", [False, True])
+def test_the_skeleton_of_a_functional_model_names_its_weights(original_lives: bool) -> None:
     """``functorch.make_functional`` calls a copy on the meta device, which has no values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -112,6 +113,7 @@ def test_the_skeleton_of_a_functional_model_names_its_weights() -> None:
         call, base, buffers = functorch.make_functional_with_buffers(net)
     names = [name for name, _ in net.named_parameters()]
     outer = torch.optim.Adam(base, lr=1e-3)
+    kept = net if original_lives else None
     del net
 
     with divergence_probe.attach() as probe:
@@ -130,6 +132,7 @@ def test_the_skeleton_of_a_functional_model_names_its_weights() -> None:
     assert list(dict.fromkeys(steps.parameter)) == names
     assert (steps.phase == "outer").sum() == 4 * len(names)
     assert not codes(probe)
+    del kept
 
 
 def test_warnings_of_the_script_are_shown_as_often_as_without_the_probe(tmp_path: Path) -> None:
@@ -324,3 +327,22 @@ def test_layers_outside_the_adapted_model_keep_one_name() -> None:
     layouts = probe.recording.meta["layouts"]
     names = {name for layout in layouts for name in layout["batch_norms"]}
     assert sum(name.startswith("BatchNorm1d") for name in names) == 2
+
+
+def test_products_with_a_hessian_are_no_steps_thrown_away() -> None:
+    """Conjugate gradients of an implicit meta-gradient take one gradient again and again."""
+    weight = torch.randn(2, 3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(F.linear(x, weight), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(2):
+            for _ in range(2):  # the inner loop
+                (gradient,) = torch.autograd.grad(loss(), weight)
+                weight = (weight - RATE * gradient).detach().requires_grad_()
+            for _ in range(6):
+                torch.autograd.grad(loss(), weight, create_graph=True)
+
+    assert "LR004" not in codes(probe)
