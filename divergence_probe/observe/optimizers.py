@@ -93,6 +93,7 @@ class Optimizers:
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         session.closing.append(self.close)
         session.restoring.append(self._restored)
 
@@ -248,6 +249,7 @@ class Optimizers:
                     self._session.confirm(task)  # what moved this base by hand were inner loops
             self._loops.end_task()
             self._nesting.outer_step()
+            self._moved.add(step.known)
             self._session.outer_step(
                 step.known,
                 *columns,
@@ -369,10 +371,13 @@ class Optimizers:
         return places[0][0], [place[1] for place in places]
 
     def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
-        """The base that parameters begin equal to, value by value: then they are its copies."""
+        """The base that parameters begin equal to, value by value: then they are its copies.
+
+        Asked only of what an outer step has moved: before one, either may be the other's copy.
+        """
         if any(self._session.models.stand_in(parameter) for parameter in parameters):
             return None  # tasks began from these very tensors
-        matched = self._session.models.match(parameters, self._session.bases)
+        matched = self._session.models.match(parameters, self._moved)
         if matched is None:
             return None
         known, positions = matched
