@@ -411,9 +411,9 @@ class Loops:
             session.adapted_by_hand.add(known)
         models = session.models
         if not in_place and pending.width == 1:
-            for tensor, position in zip(tensors, positions, strict=True):
+            for tensor in tensors:
                 if tensor is not None and tensor.is_leaf:
-                    models.note(tensor, known, position)  # what tasks begin from is no copy of it
+                    models.note_begun(tensor)
         task.began = [
             weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
         ]

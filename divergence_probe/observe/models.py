@@ -97,6 +97,7 @@ class Models:
         self._search_seconds = 0.0
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        self._begun: dict[int, weakref.ref[Tensor]] = {}
         self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
     def register(self, model: nn.Module) -> KnownModel:
@@ -237,6 +238,17 @@ class Models:
                 known,
                 position,
             )
+
+    def note_begun(self, tensor: Tensor) -> None:
+        """A task began from ``tensor`` and made others of it: whatever it is a copy of, a base."""
+        key = id(tensor)
+        if key not in self._begun:
+            self._begun[key] = weakref.ref(tensor, lambda _: self._begun.pop(key, None))
+
+    def begun(self, tensor: Tensor) -> bool:
+        """Whether tasks began from ``tensor``."""
+        entry = self._begun.get(id(tensor))
+        return entry is not None and entry() is tensor
 
     def stand_in(self, tensor: Tensor) -> tuple[KnownModel, int] | None:
         """The parameter ``tensor`` stood in for, if it did."""

@@ -178,7 +178,10 @@ class Optimizers:
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
         moved = base_among(self._session.bases, parameters)
-        base, positions = self._copied_from(parameters, pending) if moved is None else (None, [])
+        begun = moved is None and any(map(self._session.models.begun, parameters))
+        base, positions = (
+            self._copied_from(parameters, pending) if moved is None and not begun else (None, [])
+        )
         if base is not None:
             known, outer = base, False
         elif moved is not None:
@@ -187,11 +190,11 @@ class Optimizers:
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
-            equal = self._equal_to_base(parameters)
+            equal = None if begun else self._equal_to_base(parameters)
             known, positions = equal or self._loops.name(parameters, parameters)
             base = known if equal else None
             outer = base is None and (
-                known in self._session.bases or known in self._session.adapted_by_hand
+                begun or known in self._session.bases or known in self._session.adapted_by_hand
             )
         if pending is None and base is not None:
             self._check_base_weights(parameters)
@@ -375,8 +378,6 @@ class Optimizers:
 
         Asked only of what an outer step has moved: before one, either may be the other's copy.
         """
-        if any(self._session.models.stand_in(parameter) for parameter in parameters):
-            return None  # tasks began from these very tensors
         matched = self._session.models.match(parameters, self._moved)
         if matched is None:
             return None

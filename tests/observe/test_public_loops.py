@@ -106,17 +106,16 @@ def test_an_inner_gradient_under_an_outer_transform_is_second_order() -> None:
 @pytest.mark.parametrize("original_lives", [False, True])
 def test_the_skeleton_of_a_functional_model_names_its_weights(original_lives: bool) -> None:
     """``functorch.make_functional`` calls a copy on the meta device, which has no values."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        functorch = pytest.importorskip("functorch")
-        net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
-        call, base, buffers = functorch.make_functional_with_buffers(net)
+    functorch = pytest.importorskip("functorch")
+    net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
     names = [name for name, _ in net.named_parameters()]
-    outer = torch.optim.Adam(base, lr=1e-3)
     kept = net if original_lives else None
-    del net
-
     with divergence_probe.attach() as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            call, base, buffers = functorch.make_functional_with_buffers(net)
+        del net
+        outer = torch.optim.Adam(base, lr=1e-3)
         for x, y in zip(*batches(), strict=True):
             outer.zero_grad()
             fast = base
