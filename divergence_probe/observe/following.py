@@ -99,7 +99,8 @@ class Follower(TorchFunctionMode):
             return result
         with self._guard.work():
             self._look(pending, operation, args, kwargs or {}, result)
-            if pending.complete:
+            if pending.has_every_candidate:
+                pending.complete = True
                 self._forget()
         return result
 
@@ -218,7 +219,10 @@ class Follower(TorchFunctionMode):
             shape = shapes_of(pending.before)[index] or torch.Size()
             known = pending.candidates[index]
             same = tensor.shape == shape or (pending.width > 1 and tensor.shape == shape[1:])
-            if same and not any(candidate.tensor() is tensor for candidate in known):
+            if same and not any(
+                candidate.tensor() is tensor or _rearranged(candidate, tensor)
+                for candidate in known
+            ):
                 value = batched(tensor, pending.width).detach()
                 known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
 
@@ -230,7 +234,7 @@ class Follower(TorchFunctionMode):
         if not weight and pending.met:
             return
         for position, candidate in enumerate(pending.candidates[index]):
-            if candidate.tensor() is tensor:
+            if candidate.tensor() is tensor or _rearranged(candidate, tensor):
                 if weight:
                     pending.used.setdefault(index, position)
                 else:
@@ -261,6 +265,14 @@ class Follower(TorchFunctionMode):
 def _stays(mode: TorchFunctionMode) -> bool:
     """Whether a mode never pops another one: a default device, or one of our interventions."""
     return isinstance(mode, DeviceContext) or hasattr(mode, "of_the_probe")
+
+
+def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:
+    """Whether a tensor is a candidate's own memory in another order: a square weight transposed."""
+    value = candidate.value
+    if value.dim() < 2 or tensor.dim() != value.dim() or tensor.layout is not torch.strided:
+        return False
+    return tensor.stride() != value.stride() and _storage(tensor) == _storage(value)
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:

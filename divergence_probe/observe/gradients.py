@@ -205,7 +205,7 @@ class _Gradients:
         def grad_and_value_impl(
             func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any
         ) -> Any:
-            if torch.compiler.is_compiling() or not self._guard.watching:
+            if self._passes():
                 return original(func, argnums, has_aux, args, kwargs)
             inputs: list[Tensor] = []
             with self._guard.work():
@@ -226,13 +226,13 @@ class _Gradients:
 
         def _vjp_with_argnums(func: Any, *primals: Any, **kwargs: Any) -> Any:
             result = original(func, *primals, **kwargs)
-            if torch.compiler.is_compiling() or not self._guard.watching:
+            if self._passes():
                 return result
             output, pull_back, *aux = result
 
             def watched(*cotangents: Any, **options: Any) -> Any:
                 made = pull_back(*cotangents, **options)
-                if not torch.compiler.is_compiling() and self._guard.watching:
+                if not self._passes():
                     with self._guard.work():
                         argnums = kwargs.get("argnums")
                         taken = (

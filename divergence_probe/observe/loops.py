@@ -24,7 +24,14 @@ from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.resolution import Update, resolve
 from divergence_probe.observe.session import Session, Task
 from divergence_probe.observe.snapshot import Snapshot, Values, kept, snapshot
-from divergence_probe.observe.tensors import base_of, batched, leaves, physical, was_left_alone
+from divergence_probe.observe.tensors import (
+    base_of,
+    batched,
+    carries_graph,
+    leaves,
+    physical,
+    was_left_alone,
+)
 from divergence_probe.record.schema import FLAGS
 
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
@@ -154,7 +161,7 @@ class Loops:
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
         scalar = loss is not None and loss.numel() == 1
-        second_order = any(gradient.requires_grad for gradient in made)
+        second_order = any(map(carries_graph, made))
         pending = Pending(
             site=site,
             function=function,
@@ -424,11 +431,15 @@ class Loops:
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
+        if not in_place and pending.width == 1:
+            for tensor in tensors:
+                if tensor is not None and tensor.is_leaf:
+                    models.note_begun(tensor)
         task.began = [
             weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
         ]
         thread.task = task
-        self._in_place.began(task, pending.before)
+        self._in_place.began(task, pending.before, tensors)
         return task
 
     def _copied_from(self, pending: Pending) -> tuple[KnownModel, list[int]] | None:
@@ -515,12 +526,18 @@ class Loops:
             session.query(task, forwards, pending.loss, pending.site, pending.flags, gradients)
 
     def _count_repetition(self, pending: Pending) -> None:
-        """Note a gradient taken again and again at one point, with the very same loss."""
+        """Note a gradient taken again and again at one point, with the very same loss.
+
+        One that can be differentiated is no unused step: products with a Hessian take it so.
+        """
         thread = self._thread
         loss = pending.loss
+        inputs = [reference() for reference in pending.inputs]
+        if pending.flags & FLAGS["second_order"] or any(tensor is None for tensor in inputs):
+            return  # (what a transform wrapped for the call is gone, and its point with it)
         if not isinstance(loss, Tensor) or loss.device.type != "cpu" or loss.numel() != 1:
             return
-        key = (pending.site, tuple(map(id, (r() for r in pending.inputs))), float(loss))
+        key = (pending.site, tuple(map(id, inputs)), float(loss))
         thread.repeated = thread.repeated + 1 if key == thread.unused else 1
         thread.unused = key
         if thread.repeated == _REPETITIONS:

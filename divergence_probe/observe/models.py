@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from divergence_probe.observe.tensors import is_fresh
 from divergence_probe.record.schema import Layout, ParameterInfo
 
 #: Wrappers that prefix every name without being part of the user's model.
@@ -101,6 +102,7 @@ class Models:
         self._search_seconds = 0.0
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        self._begun: dict[int, weakref.ref[Tensor]] = {}
         self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
     def register(self, model: nn.Module) -> KnownModel:
@@ -114,12 +116,7 @@ class Models:
                     break
             else:
                 return known
-        kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-        infos = tuple(
-            describe(name, parameter, kinds.get(name.rpartition(".")[0], ""))
-            for name, parameter in parameters.items()
-        )
-        layout = self._layout(type(model).__name__, infos)
+        layout = self._layout(type(model).__name__, _infos(model, list(parameters.values())))
         known = KnownModel(model, layout, list(parameters.values()))
         self._by_model[model] = known
         for index, parameter in enumerate(parameters.values()):
@@ -127,15 +124,24 @@ class Models:
         return known
 
     def nameless(self, tensors: Sequence[Tensor], uses: Sequence[str]) -> KnownModel:
-        """A layout for tensors no module owns, named by position, shape and what uses them."""
+        """A layout for tensors no module owns.
+
+        Their names are those of the functional model's skeleton that has such parameters; without
+        one, position, shape and what uses them.
+        """
         key = tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)
         known = self._by_shape.get(key)
         if known is None:
-            infos = tuple(
-                describe(_positional_name(index, tensor, use), tensor, use)
-                for index, (tensor, use) in enumerate(zip(tensors, uses, strict=True))
-            )
-            known = KnownModel(None, self._layout("", infos), tensors)
+            skeleton = self._skeleton(tensors)
+            if skeleton is not None:
+                layout = self._layout(type(skeleton).__name__, _infos(skeleton, tensors))
+            else:
+                infos = tuple(
+                    describe(_positional_name(index, tensor, use), tensor, use)
+                    for index, (tensor, use) in enumerate(zip(tensors, uses, strict=True))
+                )
+                layout = self._layout("", infos)
+            known = KnownModel(skeleton, layout, tensors)
             self._by_shape[key] = known
         if any(reference() is None for reference in known.parameters):
             known.parameters = [weakref.ref(tensor) for tensor in tensors]
@@ -166,7 +172,9 @@ class Models:
                 return known, name
         return None
 
-    def match(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
+    def match(
+        self, tensors: Sequence[Tensor], among: Iterable[KnownModel] | None = None
+    ) -> tuple[KnownModel, list[int]] | None:
         """A known model with parameters of the same shapes and values, and their positions.
 
         For fast weights that were cloned and detached, which identity cannot name. Compared on the
@@ -174,7 +182,9 @@ class Models:
         """
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return None
-        for known in list(self._by_model.values()):
+        if all(is_fresh(tensor) for tensor in tensors):
+            return None  # zeros are equal to any other zeros
+        for known in list(self._by_model.values() if among is None else among):
             own = [reference() for reference in known.parameters]
             positions: list[int] = []
             for tensor in tensors:
@@ -184,6 +194,7 @@ class Models:
                         for i, p in enumerate(own)
                         if p is not None
                         and i not in positions
+                        and p.device.type == "cpu"
                         and p.shape == tensor.shape
                         and torch.equal(p, tensor)
                     ),
@@ -232,6 +243,17 @@ class Models:
                 known,
                 position,
             )
+
+    def note_begun(self, tensor: Tensor) -> None:
+        """A task began from ``tensor`` and made others of it: whatever it is a copy of, a base."""
+        key = id(tensor)
+        if key not in self._begun:
+            self._begun[key] = weakref.ref(tensor, lambda _: self._begun.pop(key, None))
+
+    def begun(self, tensor: Tensor) -> bool:
+        """Whether tasks began from ``tensor``."""
+        entry = self._begun.get(id(tensor))
+        return entry is not None and entry() is tensor
 
     def stand_in(self, tensor: Tensor) -> tuple[KnownModel, int] | None:
         """The parameter ``tensor`` stood in for, if it did."""
@@ -286,6 +308,22 @@ class Models:
                 return matched
         return None
 
+    def _skeleton(self, tensors: Sequence[Tensor]) -> nn.Module | None:
+        """The innermost module on the meta device with parameters of these shapes in this order.
+
+        ``functorch.make_functional`` calls such a copy, and so does who follows torch's own advice
+        to give ``functional_call`` a model that holds no values.
+        """
+        shapes = [tensor.shape for tensor in tensors]
+        found = [
+            module
+            for module in self._modules()
+            if (own := _parameters(module))
+            and all(p.device.type == "meta" for p in own)
+            and [p.shape for p in own] == shapes
+        ]
+        return min(found, key=lambda m: len(list(m.modules())), default=None)
+
     def _layout(self, model: str, infos: tuple[ParameterInfo, ...]) -> Layout:
         for layout in self.layouts:
             if layout.model == model and layout.parameters == infos:
@@ -312,6 +350,16 @@ def base_among(
         if places and (best is None or len(places) > len(best[1])):
             best = known, places
     return best
+
+
+def _infos(module: nn.Module, values: Sequence[Tensor]) -> tuple[ParameterInfo, ...]:
+    """Names and kinds of a module's parameters, with the shapes and devices of ``values``."""
+    kinds = {name: type(part).__name__ for name, part in module.named_modules()}
+    names = [name for name, _ in module.named_parameters()]
+    return tuple(
+        describe(name, value, kinds.get(name.rpartition(".")[0], ""))
+        for name, value in zip(names, values, strict=True)
+    )
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

@@ -7,17 +7,42 @@ steps. Until one of these is seen a task is provisional and nothing is reported 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.tensors import is_fresh
 
 # Ordinary training may touch its weights between steps (clamping, averaging); after single steps
 # that says nothing, after several equal runs of steps it is a loop around a loop.
 _STEPS_A_RUN = 2
 _EQUAL_RUNS = 2
+
+
+@dataclass
+class _Start:
+    """Where a task began: its weights' values then, and the weights themselves."""
+
+    task: Task
+    values: list[Tensor]
+    tensors: list[weakref.ref[Tensor]]
+
+    def repeats(self, earlier: _Start) -> bool:
+        """Whether this is the same start as an earlier one.
+
+        Weights of zeros (or ones) next to others that live on are no copy of them: that is how any
+        parameter begins.
+        """
+        if not _equal(earlier.values, self.values):
+            return False
+        others = [tensor for r in earlier.tensors if (tensor := r()) is not None]
+        own = {id(r()) for r in self.tensors}
+        same = not others or any(id(tensor) in own for tensor in others)
+        return same or not all(map(is_fresh, self.values))
 
 
 class Nesting:
@@ -26,20 +51,28 @@ class Nesting:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.tasks: list[Task] = []
-        self._starts: list[tuple[Task, list[Tensor]]] = []
+        self._starts: list[_Start] = []
         self._goes_on: list[Task] = []
 
-    def began(self, task: Task, before: Sequence[Tensor | None], goes_on: bool = False) -> None:
-        """A task that updates in place began at the values ``before``.
+    def began(
+        self,
+        task: Task,
+        before: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        goes_on: bool = False,
+    ) -> None:
+        """A task that updates in place began.
 
         Args:
             task: which.
-            before: its weights.
+            before: its weights' values.
+            tensors: the weights.
             goes_on: whether those are what the task before left: only its optimizer is new.
         """
         if not task.in_place:
             return
         values = [tensor for tensor in before if tensor is not None]
+        start = _Start(task, values, [weakref.ref(t) for t in tensors if t is not None])
         if task.provisional and task.base is not None:
             # A second copy of the same base: one alone may just be trained.
             earlier = [other for other in self.tasks if other.base is task.base]
@@ -48,21 +81,21 @@ class Nesting:
         elif task.provisional:
             if goes_on:
                 self._goes_on = [*self._goes_on[-8:], task]
-            same = [start for start in self._starts if start[0].known is task.known]
-            for other in self._starting_over([*same, (task, values)]):
+            same = [earlier for earlier in self._starts if earlier.task.known is task.known]
+            for other in self._starting_over([*same, start]):
                 self._session.confirm(other)
         self.tasks = [*self.tasks[-8:], task]
-        self._starts = [*self._starts[-8:], (task, values)]
+        self._starts = [*self._starts[-8:], start]
 
-    def _starting_over(self, starts: Sequence[tuple[Task, list[Tensor]]]) -> list[Task]:
+    def _starting_over(self, starts: Sequence[_Start]) -> list[Task]:
         """The tasks that the last one shows to be inner loops: those since it began like this.
 
         Either an earlier task began with the very same weights, or several runs of equally many
         steps followed each other, with the weights moved in between.
         """
-        tasks = [task for task, _ in starts]
-        for position, (_, values) in enumerate(starts[:-1]):
-            if _equal(values, starts[-1][1]):
+        tasks = [start.task for start in starts]
+        for position, start in enumerate(starts[:-1]):
+            if starts[-1].repeats(start):
                 return tasks[position:]
         if any(task is other for task in tasks[-_EQUAL_RUNS:] for other in self._goes_on):
             return []  # phases of one training, each with an optimizer of its own

@@ -39,6 +39,7 @@ def install(patches: Patches, session: Session, loops: Loops) -> None:
     watch = _WATCHES[session] = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
+    patches.set_attribute(Optimizer, "load_state_dict", watch.load)
 
 
 _WATCHES: weakref.WeakKeyDictionary[Session, Optimizers] = weakref.WeakKeyDictionary()
@@ -83,6 +84,8 @@ class Optimizers:
         self._thread = _Thread()
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
+        self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         session.closing.append(self.close)
         session.restoring.append(self._restored)
 
@@ -98,6 +101,19 @@ class Optimizers:
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self.closure(kwargs["closure"])}
         return None
+
+    def load(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A state put into an optimizer is meant to be there when its next task begins."""
+
+        @functools.wraps(original)
+        def load_state_dict(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = original(optimizer, *args, **kwargs)
+            if not self._passes():
+                with self._session.guard.work():
+                    self._loaded.add(optimizer)
+            return result
+
+        return load_state_dict
 
     def closure(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Look at the first call of a closure as at what precedes any other step.
@@ -154,7 +170,10 @@ class Optimizers:
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
         moved = base_among(self._session.bases, parameters)
-        base, positions = self._copied_from(parameters, pending) if moved is None else (None, [])
+        begun = moved is None and any(map(self._session.models.begun, parameters))
+        base, positions = (
+            self._copied_from(parameters, pending) if moved is None and not begun else (None, [])
+        )
         if base is not None:
             known, outer = base, False
         elif moved is not None:
@@ -163,8 +182,12 @@ class Optimizers:
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
-            known, positions = self._loops.name(parameters, parameters)
-            outer = known in self._session.bases or known in self._session.adapted_by_hand
+            equal = None if begun else self._equal_to_base(parameters)
+            known, positions = equal or self._loops.name(parameters, parameters)
+            base = known if equal else None
+            outer = base is None and (
+                begun or known in self._session.bases or known in self._session.adapted_by_hand
+            )
         if pending is None and base is not None:
             self._check_base_weights(parameters)
         if pending is not None:
@@ -223,6 +246,7 @@ class Optimizers:
                     self._session.confirm(task)  # what moved this base by hand were inner loops
             self._loops.end_task()
             self._nesting.outer_step()
+            self._moved.add(step.known)
             self._session.outer_step(
                 step.known,
                 *columns,
@@ -299,12 +323,17 @@ class Optimizers:
             in_place=True,
             carried_steps=step.carried.steps,
             carried_state=step.carried.state,
+            loaded_state=step.optimizer in self._loaded,
             copied=base is not None,
         )
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
+        self._loaded.discard(step.optimizer)
         self._nesting.began(
-            task, spread(step.before, step.positions, len(step.known.layout.parameters)), goes_on
+            task,
+            spread(step.before, step.positions, len(step.known.layout.parameters)),
+            step.parameters,
+            goes_on,
         )
         return task
 
@@ -342,6 +371,21 @@ class Optimizers:
         if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
             return None, []
         return places[0][0], [place[1] for place in places]
+
+    def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
+        """The base that parameters begin equal to, value by value: then they are its copies.
+
+        Asked only of what an outer step has moved: before one, either may be the other's copy.
+        """
+        matched = self._session.models.match(parameters, self._moved)
+        if matched is None:
+            return None
+        known, positions = matched
+        for parameter, position in zip(parameters, positions, strict=True):
+            origin = known.parameters[position]()
+            if origin is not None and origin is not parameter:
+                self._session.models.note_copy(parameter, origin)
+        return matched
 
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""

@@ -89,6 +89,7 @@ class Pending:
         versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
+        complete: whether it was followed no further than to the update, not to its first use.
         width: tasks batched by vmap.
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
@@ -115,6 +116,7 @@ class Pending:
     escaped: bool = False
     met: bool = False
     followed: bool = False
+    complete: bool = False
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
@@ -150,7 +152,7 @@ class Pending:
         return None
 
     @property
-    def complete(self) -> bool:
+    def has_every_candidate(self) -> bool:
         """Whether every candidate that was right the last times at this line has been made."""
         learned = self.learned
         if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:

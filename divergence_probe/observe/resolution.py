@@ -90,9 +90,11 @@ def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
     """Whether an update was made and thrown away: the next gradient is taken at the same point.
 
     A task of a single step also leads back to the base's own tensors, but there what the step made
-    was used, in the query's forward.
+    was used, in the query's forward. Where that was not looked for, nothing shows it was not.
     """
-    if not any(pending.candidates) or pending.used or len(following) != len(pending.inputs):
+    if not any(pending.candidates) or pending.used or pending.complete:
+        return False
+    if len(following) != len(pending.inputs):
         return False
     return all(
         reference() is tensor for reference, tensor in zip(pending.inputs, following, strict=True)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# A meta-batch may rightly keep the graphs of all its tasks until its outer step; without an outer
-# step nothing needs the graph of a task this many tasks ago.
+# A meta-batch may rightly keep the graphs of all its tasks until its outer step. How many those are
+# is known once outer steps were seen; without any, more than a meta-batch has must be kept, or the
+# run must end.
 _TASKS_IN_USE = 12
+_LARGEST_META_BATCH = 128
 _TASKS_KEPT = 6
 _COLLECTIONS = 3
 
@@ -44,12 +46,19 @@ class Retention:
         self._tasks: deque[_Finished] = deque(maxlen=256)
         self._outer_steps = 0
         self._ended = 0
+        self._ended_at_outer_step = 0
+        self._meta_batch = 0
+        self._suspected: tuple[int, int] | None = None
         self._reported = _TASKS_KEPT - 1
         self._collections = 0
 
     def outer_step(self) -> None:
         """Graphs of the tasks before this outer step have had their last use."""
         self._outer_steps += 1
+        if self._outer_steps == 1:
+            self._reported = _TASKS_KEPT - 1
+        self._meta_batch = max(self._meta_batch, self._ended - self._ended_at_outer_step)
+        self._ended_at_outer_step = self._ended
 
     def ended(self, site: int, fast: list[weakref.ref[Tensor] | None]) -> tuple[int, int] | None:
         """A task ended.
@@ -64,6 +73,17 @@ class Retention:
             self._tasks.append(_Finished(self._ended, site, self._outer_steps, references))
         if self._ended % 4:
             return None
+        grown = self._grown()
+        if grown is None or self._outer_steps or grown[0] >= _LARGEST_META_BATCH:
+            return grown
+        self._suspected = grown  # or the first meta-batch goes on
+        return None
+
+    def closed(self) -> tuple[int, int] | None:
+        """The run is over: as :meth:`ended`, where no outer step was to come after all."""
+        return None if self._outer_steps else self._suspected
+
+    def _grown(self) -> tuple[int, int] | None:
         kept = self._kept()
         if len(kept) > self._reported and self._collections < _COLLECTIONS:
             # Cycles (higher's patched modules are such) only die in a collection.
@@ -76,10 +96,11 @@ class Retention:
         return len(kept), kept[0].site
 
     def _kept(self) -> list[_Finished]:
+        in_use = max(_TASKS_IN_USE, 2 * self._meta_batch)
         kept: list[_Finished] = []
         waiting: list[_Finished] = []
         for task in self._tasks:
-            old = self._ended - task.number >= _TASKS_IN_USE
+            old = self._ended - task.number >= in_use
             if not old and task.outer_steps + 1 >= self._outer_steps:
                 waiting.append(task)
             elif task.alive():

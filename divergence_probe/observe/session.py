@@ -156,6 +156,7 @@ class Session:
         self.restoring: list[Callable[[Task], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
+        self._unnamed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._last_rows: dict[int, Row] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink
@@ -505,10 +506,11 @@ class Session:
                     name = task.module_names.get(id(module))
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
                 name = self._name_by_weight(call, known, task)
-            if name is None:
-                kind = type(module).__name__ if module is not None else "batch_norm"
-                name = f"{kind}[{order}]"
-            call.name = name
+            if name is None and module is not None:
+                name = self._unnamed.setdefault(
+                    module, f"{type(module).__name__}[{len(self._unnamed)}]"
+                )
+            call.name = name or f"batch_norm[{order}]"
 
     def _name_by_weight(
         self, call: NormalizationCall, known: KnownModel, task: Task | None
@@ -569,6 +571,9 @@ class Session:
             closing()
         for task in list(self.open):
             self.finish_task(task)
+        kept = self._retention.closed()
+        if kept is not None:
+            self.event("graph-retained", None, kept[1], tasks=kept[0])
         self.flush()
 
 

@@ -74,6 +74,21 @@ def waits_for_nothing(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def carries_graph(tensor: Tensor) -> bool:
+    """Whether something outside can still differentiate through ``tensor``.
+
+    A wrapper of vmap says no for what it wraps, and an outer ``grad`` is a wrapper further in.
+    """
+    while not tensor.requires_grad and is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def is_fresh(tensor: Tensor) -> bool:
+    """Whether a tensor holds what unrelated parameters begin with: zeros, or ones."""
+    return not bool(tensor.any()) or bool((tensor == 1).all())
+
+
 def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """The leaf tensors a backward from ``outputs`` accumulates gradients into, in forward order."""
     roots = (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -234,7 +234,8 @@ class FirstOrderOnly(Rule):
                     self._waiting = self.at(
                         frame,
                         row,
-                        "inner gradients carry no graph: the outer step is first order (FOMAML)",
+                        "inner gradients carry no graph: the outer step does not differentiate "
+                        "through the inner steps",
                         "gradient without create_graph=True",
                         fix="torch.autograd.grad(loss, fast, create_graph=True)",
                     )

@@ -20,7 +20,8 @@ class OptimizerStateCarriedOver(Rule):
 
     ## What it does
     Looks at the inner optimizer's state when a task begins: a step count or a moment buffer that is
-    there already belongs to another task.
+    there already belongs to another task. Where the program itself put it there, with
+    `load_state_dict`, this is a remark: Reptile is often written so.
 
     ## Why it is bad
     The first steps of a task go where the task before was heading. Weights are reset between tasks,
@@ -55,9 +56,11 @@ class OptimizerStateCarriedOver(Rule):
             steps = float(event.data.get("carried_steps", 0) or 0)
             name = str(event.data.get("optimizer", "optimizer"))
             since = f" after {steps:.0f} steps" if steps else ""
+            loaded = bool(event.data.get("loaded_state"))
+            whence = "were loaded into it" if loaded else "come from another task"
             yield self.finding(
-                f"task {event.task} begins with a used {name}{since}: its moments come from "
-                "another task",
+                f"task {event.task} begins with a used {name}{since}: its moments {whence}",
+                severity=Severity.INFO if loaded else self.severity,
                 task=event.task,
                 step=0,
                 phase="support",

@@ -18,6 +18,14 @@ def test_a_used_optimizer():
     assert finding.marks[0].site == HERE
 
 
+def test_a_state_that_was_loaded_is_meant():
+    event = start(2, carried_state=True, carried_steps=5, optimizer="Adam", loaded_state=True)
+
+    finding = one("OPT001", make(inner(2), events=[event]))
+
+    assert finding.severity is Severity.INFO and "were loaded into it" in finding.message
+
+
 def test_a_fresh_optimizer_or_one_that_means_to_go_on():
     fresh = start(2, carried_state=False, carried_steps=0, optimizer="Adam")
     goes_on = start(3, carried_state=True, carried_steps=5, continues=True)

@@ -39,8 +39,26 @@ def install(patches: Patches, session: Session) -> None:
     patches.set_attribute(optimizer, "add_param_group", meta.add_param_group)
     patches.set_attribute(optimizer, "step", meta.step)
     patches.swap_code(torchopt.utils.recover_state_dict, meta.recover)
+    patches.swap_code(torchopt.utils.module_clone, lambda original: _clone(session, original))
     classic = _ClassicOptimizers(session)
     patches.set_attribute(torchopt.optim.base.Optimizer, "step", classic.step)
+
+
+def _clone(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``module_clone`` copies parameters by hand: note what of, as for a ``copy.deepcopy``."""
+
+    def module_clone(target: Any, **options: Any) -> Any:
+        result = original(target, **options)
+        if isinstance(target, nn.Module) and session.guard.watching:
+            with session.guard.work():
+                origins = dict(target.named_parameters())
+                for name, copy in result.named_parameters():
+                    if copy.is_leaf and copy is not origins[name]:
+                        session.models.note_copy(copy, origins[name])
+                session.models.note_module_copy(result)
+        return result
+
+    return module_clone
 
 
 @dataclass

@@ -1,0 +1,347 @@
+"""Loops of the kinds found in public repositories that were once missed or misread."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import divergence_probe
+from divergence_probe.record.schema import FLAGS, PHASES
+
+RATE = 0.05
+
+
+def forward(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, weights[0], weights[1])), weights[2], weights[3])
+
+
+def weights() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((6, 3), (6,), (2, 6), (2,))
+    return [(torch.randn(shape) / 2).requires_grad_() for shape in shapes]
+
+
+def batches(tasks: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(tasks, 8, 3), torch.randn(tasks, 8, 2)
+
+
+def codes(probe: divergence_probe.Probe) -> set[str]:
+    return {finding.rule for finding in probe.diagnosis.findings}
+
+
+def test_one_step_tasks_from_one_base_are_tasks_of_their_own() -> None:
+    """MAML with one inner step: every gradient is taken of the base, and none is thrown away."""
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+
+    def query_loss(x: Tensor, y: Tensor) -> Tensor:
+        grads = torch.autograd.grad(F.mse_loss(forward(x, base), y), base, create_graph=True)
+        fast = [w - RATE * g for w, g in zip(base, grads, strict=True)]
+        return F.mse_loss(forward(x, fast), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(10):
+            outer.zero_grad()
+            losses = [query_loss(x, y) for x, y in zip(*batches(), strict=True)]
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (40, 40)
+    assert not codes(probe) and probe.diagnosis.verdict == "healthy"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_second_order_is_seen_through_transforms(batched: bool) -> None:
+    """What ``torch.func.grad`` returns inside vmap is wrapped; the outer backward goes through."""
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+
+    def query_loss(x: Tensor, y: Tensor) -> Tensor:
+        grads = grad(lambda w: F.mse_loss(forward(x, w), y))(base)
+        return F.mse_loss(forward(x, [w - RATE * g for w, g in zip(base, grads, strict=True)]), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(3):
+            outer.zero_grad()
+            xs, ys = batches()
+            losses = vmap(query_loss)(xs, ys) if batched else query_loss(xs[0], ys[0])
+            losses.mean().backward()
+            outer.step()
+
+    assert not codes(probe)
+
+
+def test_an_inner_gradient_under_an_outer_transform_is_second_order() -> None:
+    base = [weight.detach() for weight in weights()]
+
+    def meta_loss(base: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        grads = grad(lambda w: F.mse_loss(forward(x, w), y))(base)
+        return F.mse_loss(forward(x, [w - RATE * g for w, g in zip(base, grads, strict=True)]), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(3):
+            xs, ys = batches()
+            grad(lambda w, x, y: vmap(meta_loss, (None, 0, 0))(w, x, y).mean())(base, xs, ys)
+
+    rows = [
+        (phase, flags)
+        for block in probe.recording.blocks()
+        for phase, flags in zip(block.scalars["phase"], block.scalars["flags"], strict=True)
+    ]
+    inner = [int(flags) for phase, flags in rows if phase == PHASES.index("support")]
+    assert len(inner) == 12 and all(flags & FLAGS["second_order"] for flags in inner)
+
+
+@pytest.mark.parametrize("original_lives", [False, True])
+def test_the_skeleton_of_a_functional_model_names_its_weights(original_lives: bool) -> None:
+    """``functorch.make_functional`` calls a copy on the meta device, which has no values."""
+    functorch = pytest.importorskip("functorch")
+    net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+    names = [name for name, _ in net.named_parameters()]
+    kept = net if original_lives else None
+    with divergence_probe.attach() as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            call, base, buffers = functorch.make_functional_with_buffers(net)
+        del net
+        outer = torch.optim.Adam(base, lr=1e-3)
+        for x, y in zip(*batches(), strict=True):
+            outer.zero_grad()
+            fast = base
+            for _ in range(3):
+                loss = F.mse_loss(call(fast, buffers, x), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            F.mse_loss(call(fast, buffers, x), y).backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (4, 12)
+    assert list(dict.fromkeys(steps.parameter)) == names
+    assert (steps.phase == "outer").sum() == 4 * len(names)
+    assert not codes(probe)
+    del kept
+
+
+def test_warnings_of_the_script_are_shown_as_often_as_without_the_probe(tmp_path: Path) -> None:
+    """What changes Python's warning filters in the run makes it forget what it has shown."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, warnings, torch
+            w = torch.ones(3, requires_grad=True)
+            for _ in range(600):
+                warnings.warn("heard of the script")
+                fast = w
+                for _ in range(2):
+                    fast = fast - 0.01 * torch.autograd.grad(fast.pow(2).sum(), fast)[0]
+                fast.sum().backward()
+            print("pandas" in sys.modules)
+            """
+        )
+    )
+    command = [sys.executable, "-m", "divergence_probe", "run", "-o", str(tmp_path / "recording")]
+    ran = subprocess.run([*command, str(script)], capture_output=True, text=True)
+
+    assert ran.stdout == "False\n"
+    assert ran.stderr.count("UserWarning: heard of the script") == 1
+
+
+def test_a_large_meta_batch_may_keep_its_graphs_until_its_outer_step() -> None:
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+    with divergence_probe.attach() as probe:
+        for tasks in (40, 40):
+            outer.zero_grad()
+            losses = []
+            for x, y in zip(*batches(tasks), strict=True):
+                fast = base
+                for _ in range(2):
+                    loss = F.mse_loss(forward(x, fast), y)
+                    grads = torch.autograd.grad(loss, fast, create_graph=True)
+                    fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+                losses.append(F.mse_loss(forward(x, fast), y))
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    assert "MEM001" not in codes(probe)
+
+
+def test_equal_zeros_are_not_one_model_that_starts_over() -> None:
+    """Four vectors of zeros, each trained in place by an optimizer of its own: no inner loop."""
+    vectors = [nn.Parameter(torch.zeros(5)) for _ in range(4)]
+    optimizers = [torch.optim.Adam((vector,), lr=0.1) for vector in vectors]
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            for vector, optimizer in zip(vectors, optimizers, strict=True):
+                optimizer.zero_grad()
+                (vector - torch.randn(5)).pow(2).sum().backward()
+                optimizer.step()
+
+    assert probe.diagnosis.summary.tasks == 0
+
+
+def test_vectors_of_zeros_made_anew_for_every_task_are_inner_loops() -> None:
+    """The healthy look-alike: context parameters, which begin at zero and are left behind."""
+    net = nn.Linear(5, 2)
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            context = torch.zeros(5, requires_grad=True)
+            optimizer = torch.optim.SGD([context], lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.mse_loss(net(torch.ones(4, 5) + context), torch.zeros(4, 2)).backward()
+                optimizer.step()
+
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (4, 12)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_reptile_hands_its_optimizer_state_on(loaded: bool) -> None:
+    """State put into a new optimizer is meant; one optimizer for every task carries it silently."""
+    net = nn.Linear(3, 2)
+    learner = copy.deepcopy(net)
+    shared = torch.optim.Adam(learner.parameters(), lr=0.01)
+    state = shared.state_dict()
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(), strict=True):
+            if loaded:
+                learner = copy.deepcopy(net)
+                inner = torch.optim.Adam(learner.parameters(), lr=0.01)
+                inner.load_state_dict(state)
+            else:
+                learner.load_state_dict(net.state_dict())
+                inner = shared
+            for _ in range(3):
+                inner.zero_grad()
+                F.mse_loss(learner(x), y).backward()
+                inner.step()
+            state = inner.state_dict()
+
+    found = [finding for finding in probe.diagnosis.findings if finding.rule == "OPT001"]
+    assert [finding.severity.label for finding in found] == ["info" if loaded else "warning"]
+
+
+def test_copies_made_by_torchopt_and_moved_by_an_implicit_gradient() -> None:
+    """iMAML: copies of the base, restored in place, and conjugate gradients inside a backward."""
+    torchopt = pytest.importorskip("torchopt")
+    meta = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    solver = torchopt.linear_solve.solve_normal_cg(maxiter=3, atol=0)
+
+    class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solver):
+        def __init__(self, meta: nn.Module) -> None:
+            super().__init__()
+            self.meta = meta
+            self.net = torchopt.module_clone(meta, by="deepcopy", detach_buffers=True)
+
+        def restore(self) -> None:
+            with torch.no_grad():
+                for own, base in zip(self.parameters(), self.meta_parameters(), strict=True):
+                    own.data.copy_(base.data)
+                    own.detach_().requires_grad_()
+
+        def objective(self, x: Tensor, y: Tensor) -> Tensor:
+            both = zip(self.parameters(), self.meta_parameters(), strict=True)
+            return F.mse_loss(self.net(x), y) + sum((a - b).pow(2).sum() for a, b in both)
+
+        def solve(self, x: Tensor, y: Tensor) -> Inner:
+            parameters = tuple(self.parameters())
+            inner = torchopt.SGD(parameters, lr=0.1)
+            with torch.enable_grad():
+                for _ in range(3):
+                    inner.zero_grad()
+                    self.objective(x, y).backward(inputs=parameters)
+                    inner.step()
+            return self
+
+    outer = torchopt.Adam(meta.parameters(), lr=1e-3)
+    with divergence_probe.attach() as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nets = [Inner(meta) for _ in range(4)]
+        for _ in range(3):
+            losses = []
+            for net, x, y in zip(nets, *batches(), strict=True):
+                net.restore()
+                losses.append(F.mse_loss(net.solve(x, y).net(x), y))
+            outer.zero_grad()
+            torch.stack(losses).mean().backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    names = [name for name, _ in meta.named_parameters()]
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (12, 36)
+    assert probe.diagnosis.summary.outer_steps == 3
+    assert list(dict.fromkeys(steps.parameter)) == names
+    assert codes(probe) <= {"MG003"}
+
+
+def test_a_square_weight_used_transposed_is_recorded_as_it_is() -> None:
+    """``x @ w.t()``: the transposed weight has the weight's own shape and is not its update."""
+    torch.manual_seed(0)
+    base = [torch.randn(6, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)]
+    moved = []
+    with divergence_probe.attach() as probe:
+        for x, y in zip(torch.randn(4, 8, 6), torch.randn(4, 8, 2), strict=True):
+            fast = [weight.clone() for weight in base]
+            for _ in range(1):
+                loss = F.mse_loss(torch.tanh(x @ fast[0].t()) @ fast[1].t(), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+                moved.append((RATE * grads[0]).norm().item())
+            F.mse_loss(torch.tanh(x @ fast[0].t()) @ fast[1].t(), y).backward()
+
+    steps = probe.recording.steps()
+    rows = steps[(steps.phase == "support") & (steps.parameter == steps.parameter.iloc[0])]
+    assert rows.update_norm.to_list() == pytest.approx(moved, rel=1e-4)
+
+
+def test_layers_outside_the_adapted_model_keep_one_name() -> None:
+    """ANIL: the head alone is adapted, and the body's BatchNorm runs for support and query."""
+    body = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    head = nn.Linear(6, 2)
+    losses = []
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(), strict=True):
+            fast = list(head.parameters())
+            support, query = body(x), body(x)
+            for _ in range(2):
+                loss = F.mse_loss(F.linear(support, *fast), y)
+                grads = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            losses.append(F.mse_loss(F.linear(query, *fast), y))
+        torch.stack(losses).mean().backward()
+
+    layouts = probe.recording.meta["layouts"]
+    names = {name for layout in layouts for name in layout["batch_norms"]}
+    assert sum(name.startswith("BatchNorm1d") for name in names) == 2
+
+
+def test_products_with_a_hessian_are_no_steps_thrown_away() -> None:
+    """Conjugate gradients of an implicit meta-gradient take one gradient again and again."""
+    weight = torch.randn(2, 3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(F.linear(x, weight), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(2):
+            for _ in range(2):  # the inner loop
+                (gradient,) = torch.autograd.grad(loss(), weight)
+                weight = (weight - RATE * gradient).detach().requires_grad_()
+            for _ in range(6):
+                torch.autograd.grad(loss(), weight, create_graph=True)
+
+    assert "LR004" not in codes(probe)
