@@ -226,8 +226,10 @@ class IneffectiveStep(Rule):
         update = missing_to_nan(frame.block.parameters["update_norm"])
         gradient = missing_to_nan(frame.block.parameters["gradient_norm"])
         moved = np.isfinite(gradient) & (gradient > 0) & ~_half(frame)
+        # A bias that began at zero has no scale of its own, and any step is large beside it.
+        scale = self.thresholds["small-parameter"] * whole_norm(before)[:, None]
         with np.errstate(all="ignore"):
-            relative = np.where(moved, update / before, np.nan)
+            relative = np.where(moved, update / np.fmax(before, scale), np.nan)
             largest = np.nanmax(np.where(np.isfinite(relative), relative, -1.0), axis=1, initial=-1)
             # d loss / d ln |w|, as a part of the loss: what a change of the weights could do
             lever = np.nansum(np.where(moved, gradient * before, 0.0), axis=1)

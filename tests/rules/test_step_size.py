@@ -132,6 +132,15 @@ def test_steps_with_effect_or_nothing_left_to_learn():
     assert silent("LR002", make(*tiny(1e-5)), ineffective_update=1e-7)
 
 
+def test_a_bias_that_began_at_zero_hides_no_tiny_steps():
+    rows = [inner(0, step, update_norm=1e-7, norm_before=[10, 1e-7 * step, 8]) for step in range(3)]
+    assert one("LR002", make(*rows)).step == 0
+    head = [
+        inner(0, step, update_norm=[1e-7, 1e-3, 1e-7], norm_before=[10, 0, 8]) for step in (0, 1)
+    ]
+    assert silent("LR002", make(*head))  # a zero-initialised head that does learn
+
+
 def climbing(rate, losses=(1.0, 1.5), declared=None):
     return [
         inner(0, step, step_rate=rate, loss=loss, gradient_norm=2.0, update_norm=abs(rate) * 2,
