@@ -268,7 +268,7 @@ USAGE = {
     "nothing to run": ([], "name the script"),
     "unknown option": (["--frce", "s.py"], "Did you mean --force"),
     "unknown module": (["-m", "no_such_module"], "No module named"),
-    "unknown code": (["--select", "ZZ9", "s.py"], "--select ZZ9.*probe rule --all"),
+    "unknown code": (["--select", "ZZ9", "s.py"], "--select: .*'ZZ9'.*probe rule --all"),
     "unknown intent": (["--intent", "reptil", "s.py"], "Unknown intent 'reptil'"),
     "unknown threshold": (["--threshold", "norm-grwth=3", "s.py"], "Did you mean norm-growth"),
     "no number": (["--threshold", "norm-growth=x", "s.py"], "NAME=VALUE"),

@@ -217,6 +217,7 @@ class FirstOrderOnly(Rule):
     name = "first-order-only"
     severity = Severity.INFO
     cause = "first-order-only"
+    unit = "outer step"
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
