@@ -387,7 +387,7 @@ class NoParameterChange(Rule):
             due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
         due &= ~_half(frame)
         # An update that was not seen (nan) says nothing, so it does not count as still.
-        moved = np.isfinite(gradient) & (update != 0)
+        moved = ~np.isnan(gradient) & (update != 0)
         return np.asarray(due.any(1) & ~moved.any(1))
 
     def _repeated(self, frame: Frame) -> Iterator[Finding]:

@@ -170,6 +170,12 @@ def test_an_update_that_is_thrown_away():
     assert finding.evidence["gradient_norm"] == pytest.approx(3**0.5)
 
 
+def test_an_update_with_an_infinite_gradient_is_not_thrown_away():
+    block = make(inner(gradient_norm=[INF, 0, INF], update_norm=[INF, 0, NAN]))
+
+    assert silent("LR004", block)
+
+
 def test_parameters_that_have_no_reason_to_move():
     still = {"update_norm": 0.0}
     assert silent("LR004", make(inner(gradient_norm=0.0, **still)))
