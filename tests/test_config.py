@@ -179,7 +179,7 @@ def test_one_code_in_python_needs_no_list() -> None:
 def test_layers_ignored_in_a_file_hold_in_a_run(tmp_path: Path) -> None:
     write_script(tmp_path, "for _ in loop(1e6): pass")
     settings = tmp_path / "pyproject.toml"
-    for layers, code in (("0", 1), ("[02]", 0)):
+    for layers, code in (("2", 1), ("[02]", 0)):
         settings.write_text(
             f'[tool.divergence_probe]\nselect = ["NG"]\nignore = ["NG001:{layers}"]'
         )

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed
-import torch.multiprocessing
 
 import divergence_probe
 from divergence_probe.ranks import Place, place
@@ -164,28 +162,49 @@ def test_torchrun_and_the_folder_ranks_agree_on(tmp_path: Path) -> None:
     assert divergence_probe.load(folder).ranks == [0, 1]
 
 
-def _worker(rank: int, folder: str, port: int) -> None:
-    import torch.distributed as dist
+SPAWNING = """
+import sys
 
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import divergence_probe
+
+
+def work(rank, port):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     weight = torch.randn(3, 1, requires_grad=True)
-    with divergence_probe.attach(output=f"{folder}/rec"):
-        for _ in range(4):
-            for _ in range(2):
-                fast: Any = weight
-                for _ in range(3 + rank):
-                    loss = ((torch.ones(2, 3) @ fast - 1) ** 2).mean()
-                    fast = fast - 0.1 * torch.autograd.grad(loss, fast, create_graph=True)[0]
+    with divergence_probe.attach(output="rec"):
+        for _ in range(8):
+            fast = weight
+            for _ in range(3 + rank):
+                loss = ((torch.ones(2, 3) @ fast - 1) ** 2).mean()
+                fast = fast - 0.1 * torch.autograd.grad(loss, fast, create_graph=True)[0]
     dist.barrier()
     dist.destroy_process_group()
 
 
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, (int(sys.argv[1]),), nprocs=2)
+"""
+
+
 def test_spawned_workers_that_attach(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SPAWNING, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (str(tmp_path), port), nprocs=2)
+    ended = subprocess.run(
+        [sys.executable, "train.py", str(port)],
+        cwd=tmp_path,
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stderr
 
     diagnosis = divergence_probe.diagnose(tmp_path / "rec")
 
