@@ -25,7 +25,7 @@ def test_every_script_is_expected() -> None:
 def test_every_fault_is_named_and_no_healthy_script_alarms() -> None:
     """Scored in a process of its own, which forks before torch has started any thread.
 
-    The main fault's family by default; ``DIVERGENCE_PROBE_ZOO=`` (empty) scores all 206 scripts.
+    The main fault's family by default; ``DIVERGENCE_PROBE_ZOO=`` (empty) scores every script.
     """
     family = os.environ.get("DIVERGENCE_PROBE_ZOO", "stale-running-stats/")
     command = [sys.executable, "-m", "tests.zoo.score", "--only", family]
