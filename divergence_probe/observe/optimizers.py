@@ -381,9 +381,12 @@ class Optimizers:
         if matched is None:
             return None
         known, positions = matched
-        for parameter, position in zip(parameters, positions, strict=True):
-            origin = known.parameters[position]()
-            if origin is not None and origin is not parameter:
+        origins = [known.parameters[position]() for position in positions]
+        pairs = list(zip(parameters, origins, strict=True))
+        if any(parameter is origin for parameter, origin in pairs):
+            return None  # the base itself
+        for parameter, origin in pairs:
+            if origin is not None:
                 self._session.models.note_copy(parameter, origin)
         return matched
 

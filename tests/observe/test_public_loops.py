@@ -345,3 +345,22 @@ def test_products_with_a_hessian_are_no_steps_thrown_away() -> None:
                 torch.autograd.grad(loss(), weight, create_graph=True)
 
     assert "LR004" not in codes(probe)
+
+
+def test_a_base_is_no_copy_of_itself() -> None:
+    """Weights adapted in place by hand and moved by an outer optimizer: they equal themselves."""
+    base = weights()
+    outer = torch.optim.SGD(base, lr=0.01)
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(5), strict=True):
+            for _ in range(3):
+                grads = torch.autograd.grad(F.mse_loss(forward(x, base), y), base)
+                for weight, gradient in zip(base, grads, strict=True):
+                    weight.data -= RATE * gradient
+            query = torch.autograd.grad(F.mse_loss(forward(x, base), y), base)
+            for weight, gradient in zip(base, query, strict=True):
+                weight.grad = gradient
+            outer.step()
+
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (5, 15)
+    assert "BASE001" in codes(probe)
