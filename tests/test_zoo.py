@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.zoo.score import HERE, expectations
 
@@ -22,13 +23,10 @@ def test_every_script_is_expected() -> None:
     assert scripts == set(expectations())
 
 
-def test_every_fault_is_named_and_no_healthy_script_alarms() -> None:
-    """Scored in a process of its own, which forks before torch has started any thread.
-
-    The main fault's family by default; ``DIVERGENCE_PROBE_ZOO=`` (empty) scores every script.
-    """
-    family = os.environ.get("DIVERGENCE_PROBE_ZOO", "stale-running-stats/")
-    command = [sys.executable, "-m", "tests.zoo.score", "--only", family]
+@pytest.mark.parametrize("kind", ["faulty/", "healthy/"])
+def test_every_fault_is_named_and_no_healthy_script_alarms(kind: str) -> None:
+    """Scored in a process of its own, which forks before torch has started any thread."""
+    command = [sys.executable, "-m", "tests.zoo.score", "--only", kind]
     scored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     wrong = [
         line for line in scored.stdout.splitlines() if not line.startswith(("ok", "|", "LAYR"))
