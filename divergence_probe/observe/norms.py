@@ -52,7 +52,7 @@ def norms(tensors: Sequence[Tensor | None], width: int = 1) -> Array:
     overflowed = [p for p in dense if np.isinf(result[p]).any()]
     for position in overflowed:
         # float32 squares overflow from 1.8e19 on: look again before calling it infinite
-        wide = dense[position].to(torch.float64).reshape(width, -1)
+        wide = dense[position].cpu().double().reshape(width, -1)
         result[position] = to_numpy(torch.linalg.vector_norm(wide, dim=1))
     return result[:, 0] if width == 1 else result
 
@@ -85,12 +85,18 @@ def scalars(values: Sequence[Number]) -> list[float]:
             result[position] = float(value)
     for positions in by_device.values():
         chosen = [value for p in positions if isinstance(value := values[p], Tensor)]
-        stacked = torch.stack([value.detach().reshape(-1)[0].double() for value in chosen])
+        widest = wide_dtype(chosen[0].device)
+        stacked = torch.stack([value.detach().reshape(-1)[0].to(widest) for value in chosen])
         for position, number in zip(positions, stacked.tolist(), strict=True):
             result[position] = number
     return result
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Double precision, where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def to_numpy(tensor: Tensor) -> Array:
     """Double precision on the CPU."""
-    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
+    return tensor.detach().cpu().double().numpy()

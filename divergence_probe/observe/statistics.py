@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -187,12 +188,11 @@ def _fill_statistics(
     columns: dict[str, Array], layer: int, members: list[tuple[int, NormalizationCall]]
 ) -> None:
     """Running against batch statistics, all calls of one layer at once: ``[N, 2, C]``."""
-    before = torch.stack([c.before for _, c in members if c.before is not None]).double()
-    after = torch.stack(
-        [c.after if c.after is not None else c.before for _, c in members]  # type: ignore[misc]
-    ).double()
-    batch = torch.stack([_batch_statistics(call) for _, call in members])
-    known = torch.tensor([_batch_is_known(call) for _, call in members], device=batch.device)
+    calls = [call for _, call in members]
+    before = _stacked([call.before for call in calls])
+    after = _stacked([call.after if call.after is not None else call.before for call in calls])
+    batch = _batch_statistics(calls, before, after)
+    known = torch.tensor([call.batch is not None or _moved(call) for call in calls])
     deviation = batch[:, 1].clamp_min(0).add(1e-12).sqrt()
     distance = ((before[:, 0] - batch[:, 0]) / deviation).square().mean(-1).sqrt()
     # An eps as BatchNorm's own keeps dead channels (batch variance 0) from dominating.
@@ -217,20 +217,24 @@ def _fill_statistics(
             columns[name][row, layer] = values[position]
 
 
-def _batch_is_known(call: NormalizationCall) -> bool:
-    moved = call.training and call.after is not None and call.momentum > 0
-    return call.batch is not None or moved
+def _moved(call: NormalizationCall) -> bool:
+    return call.training and call.after is not None and call.momentum > 0
 
 
-def _batch_statistics(call: NormalizationCall) -> Tensor:
-    """The batch's own mean and variance ``[2, C]``; nan where they cannot be known.
+def _batch_statistics(calls: Sequence[NormalizationCall], before: Tensor, after: Tensor) -> Tensor:
+    """The batches' own mean and variance ``[N, 2, C]``; nan where they cannot be known.
 
     In train mode they come free: running = (1 - momentum) * running + momentum * batch.
     """
-    assert call.before is not None
-    if call.batch is not None:
-        return call.batch.double()
-    if _batch_is_known(call) and call.after is not None:
-        old, new = call.before.double(), call.after.double()
-        return (new - (1 - call.momentum) * old) / call.momentum
-    return torch.full_like(call.before, float("nan"), dtype=torch.float64)
+    rates = [call.momentum if _moved(call) else math.nan for call in calls]
+    momentum = torch.tensor(rates, dtype=torch.float64).view(-1, 1, 1)
+    batch = (after - (1 - momentum) * before) / momentum
+    measured = [i for i, call in enumerate(calls) if call.batch is not None]
+    if measured:
+        batch[measured] = _stacked([calls[i].batch for i in measured])
+    return batch
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    """``[N, ...]`` in double precision on the CPU, by one transfer."""
+    return torch.stack([t for t in tensors if t is not None]).cpu().double()

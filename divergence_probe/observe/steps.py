@@ -238,7 +238,7 @@ def _check_overflow(
         if not np.isinf(column[i, :, parameter]).any():
             continue
         assert before is not None and after is not None
-        tensor = (before, after, after.double() - before.double(), gradient)[kind]
+        tensor = (before, after, after.cpu().double() - before.cpu().double(), gradient)[kind]
         column[i, :, parameter] = norms([tensor], width)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.capture import Row
-from divergence_probe.observe.norms import STACKED_ELEMENTS, to_numpy
+from divergence_probe.observe.norms import STACKED_ELEMENTS, to_numpy, wide_dtype
 from divergence_probe.observe.snapshot import MOST_TOGETHER, elements_of
 from divergence_probe.observe.step_vectors import Vectors
 from divergence_probe.record.schema import Array
@@ -99,7 +99,8 @@ def _sums(rows: Sequence[Row], parameter: int) -> Array:
 
 def _inner_products(vectors: Tensor) -> Array:
     """``[R, 6]`` from ``[R, 5, n]``: before, after, those of the preceding row, the gradient."""
-    start, end, before, after, gradient = vectors.double().unbind(1)
+    wide = vectors.to(wide_dtype(vectors.device))
+    start, end, before, after, gradient = wide.unbind(1)
     # [R, 3, n] x [R, n, 3]: all six inner products at once, in double precision.
     stacked = torch.stack((end - start, after - before, gradient), dim=1)
     return to_numpy(stacked @ stacked.mT)[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
