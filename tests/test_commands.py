@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from divergence_probe import attach
@@ -155,6 +157,21 @@ def test_rule_unknown_names_the_closest(capsys: Captured) -> None:
     assert "Did you mean BN001" in capsys.readouterr().err
     assert main(["rule"]) == 2
     assert "--all" in capsys.readouterr().err
+
+
+def test_a_recording_from_before_there_was_some_column_is_read(
+    recording: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(recording, older)
+    steps = older / "rank-0" / "steps.arrow"
+    table = pa.ipc.open_stream(steps.read_bytes()).read_all()
+    table = table.drop_columns(["query_gradient", "step_rate", "bn_drift"])
+    with pa.ipc.new_stream(steps, table.schema) as sink:
+        sink.write_table(table)
+
+    assert main(["report", str(older), "--isolated"]) == 0
+    assert "DIVERGED" in capsys.readouterr().out
 
 
 def test_report_and_check_honour_the_selection(recording: Path, capsys: Captured) -> None:

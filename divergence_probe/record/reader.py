@@ -185,22 +185,28 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 def _block(
     batch: pa.RecordBatch, layout: Layout, sites: list[str], events: list[Event], rank: int
 ) -> Block:
-    scalars = {
-        name: np.asarray(batch.column(name).to_numpy(zero_copy_only=False), dtype=np.float64)
-        for name in SCALAR_COLUMNS
-    }
     return Block(
         layout,
-        scalars,
-        {name: _table(batch.column(name)) for name in PARAMETER_COLUMNS},
-        {name: _table(batch.column(name)) for name in BATCH_NORM_COLUMNS},
-        _table(batch.column("dropout")),
+        {name: _scalars(batch, name) for name in SCALAR_COLUMNS},
+        {name: _table(batch, name, "norm_before") for name in PARAMETER_COLUMNS},
+        {name: _table(batch, name, "bn_calls") for name in BATCH_NORM_COLUMNS},
+        _table(batch, "dropout", "dropout"),
         events,
         sites,
         rank,
     )
 
 
-def _table(column: pa.ListArray) -> Array:
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(values, dtype=np.float64).reshape(len(column), -1)
+def _scalars(batch: pa.RecordBatch, name: str) -> Array:
+    """``[S]``; nan where the recording is from before there was such a column."""
+    if name not in batch.schema.names:
+        return np.full(len(batch), np.nan)
+    return np.asarray(batch.column(name).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def _table(batch: pa.RecordBatch, name: str, like: str) -> Array:
+    """``[S, P]``; nan, in the shape of the column ``like``, where there is no such column."""
+    column = batch.column(name if name in batch.schema.names else like)
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
+    values = values.reshape(len(column), -1)
+    return values if name in batch.schema.names else np.full_like(values, np.nan)

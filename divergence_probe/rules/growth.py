@@ -22,8 +22,8 @@ class NormExplosion(Rule):
     ## What it does
     Compares each parameter's norm after every inner step with its norm when the task began.
     Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
-    are measured against the median of all. A decade counts where the loss is not falling; three
-    decades count always.
+    are measured against the median of all. A decade counts where the loss does not get below the
+    task's first; three decades count always.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
@@ -50,11 +50,9 @@ class NormExplosion(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step that passed the bound."""
         growth = np.where(frame.support[:, None], frame.growth, np.nan)
-        losses = frame.block.scalars["loss"]
         with np.errstate(invalid="ignore"):
-            falling = (frame.block.scalars["loss_seen"] > 0) & (losses < frame.first_loss)
             bound = np.where(
-                falling | (frame.step == 0) & _healthy_later(frame),
+                _lowest_from_here(frame) < frame.first_loss,
                 self.thresholds["norm-growth-any-loss"],
                 self.thresholds["norm-growth"],
             )
@@ -94,14 +92,18 @@ class NormExplosion(Rule):
         )
 
 
-def _healthy_later(frame: Frame) -> Flags:
-    """``[S]``: whether the task's next loss is below its first (known only after the step)."""
-    losses, tasks = frame.block.scalars["loss"], frame.task
-    result = np.zeros(len(tasks), dtype=bool)
-    for row in np.flatnonzero(frame.support & (frame.step == 0)):
-        later = np.flatnonzero((tasks == tasks[row]) & (frame.step > 0))
-        later = later[frame.block.scalars["loss_seen"][later] > 0]
-        result[row] = bool(len(later)) and bool(losses[later[0]] < losses[row])
+def _lowest_from_here(frame: Frame) -> Array:
+    """``[S]`` the lowest support loss of the task from this step on, as far as it was seen.
+
+    Weights before BatchNorm may be thrown far by one step on a few values, and all is well: they
+    have no scale.
+    """
+    seen = frame.support & (frame.block.scalars["loss_seen"] > 0)
+    losses = np.where(seen, frame.block.scalars["loss"], np.inf)
+    result = np.full(len(losses), np.inf)
+    for task in np.unique(frame.task[seen]):
+        rows = np.flatnonzero((frame.task == task) & frame.support)
+        result[rows] = np.fmin.accumulate(losses[rows][::-1])[::-1]
     return result
 
 

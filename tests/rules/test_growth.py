@@ -36,6 +36,21 @@ def test_a_decade_with_a_falling_loss_is_not():
     assert silent("NG001", make(*grown(150.0, losses=(3.0, 2.0, 1.0))))
 
 
+def test_a_step_that_throws_weights_far_and_is_recovered_from_is_not():
+    """As of weights before BatchNorm over a few values, which have no scale."""
+    norms, losses = [11.3, 28.0, 157.6, 157.7, 157.7], (0.45, 1.85, 2.55, 0.012)
+    rows = [
+        inner(
+            step=step, loss=losses[step],
+            norm_before=[norms[step], 1, 10], norm_after=[norms[step + 1], 1, 10],
+        )
+        for step in range(4)
+    ]  # fmt: skip
+
+    assert silent("NG001", make(*rows))
+    assert one("NG001", make(*rows[:3])).step == 1
+
+
 def test_three_decades_are_whatever_the_loss_does():
     assert one("NG001", make(*grown(1.1e4, losses=(3.0, 2.0, 1.0)))).step == 2
 
