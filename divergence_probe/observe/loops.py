@@ -216,7 +216,9 @@ class Loops:
         elif inputs:
             pending.named = self.name(inputs, inputs)
             # An in-place update of these is an outer step by hand.
-            pending.of_base = base_among(self._session.bases, inputs) is not None
+            pending.of_base = base_among(self._session.bases, inputs) is not None or any(
+                map(self._session.models.begun, inputs)
+            )
             origins = [self._session.models.origin_of(tensor) for tensor in inputs]
             present = [weakref.ref(origin) for origin in origins if origin is not None]
             pending.origins = present if len(present) == len(inputs) else None

@@ -34,8 +34,7 @@ def renderable(diagnosis: Diagnosis) -> RenderableType:
 def render(diagnosis: Diagnosis, *, width: int | None = None, color: bool = False) -> str:
     """The report as text, ``width`` cells wide (80 by default); escapes only with ``color``."""
     # rich takes some 50 ms to import: only a report that is really drawn pays for it.
-    from rich.console import Console
-
+    from divergence_probe.report.rich_view import Console
     from divergence_probe.report.rich_view.page import page
 
     width = width or DEFAULT_WIDTH

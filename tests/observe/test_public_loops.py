@@ -364,3 +364,27 @@ def test_a_base_is_no_copy_of_itself() -> None:
 
     assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (5, 15)
     assert "BASE001" in codes(probe)
+
+
+def test_a_base_copied_from_a_living_model_is_moved_by_hand() -> None:
+    """The outer step in place, on leaves that tasks began from and that equal another model's."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    base = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    with divergence_probe.attach() as probe:
+        for _ in range(3):
+            losses = []
+            for x, y in zip(*batches(), strict=True):
+                fast = base
+                for _ in range(2):
+                    loss = F.mse_loss(forward(x, fast), y)
+                    grads = torch.autograd.grad(loss, fast, create_graph=True)
+                    fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+                losses.append(F.mse_loss(forward(x, fast), y))
+            outer = torch.autograd.grad(torch.stack(losses).mean(), base)
+            with torch.no_grad():
+                for weight, gradient in zip(base, outer, strict=True):
+                    weight.sub_(0.01 * gradient)
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps, summary.outer_steps) == (12, 24, 3)
+    assert len(list(net.parameters())) == 4

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -56,3 +57,16 @@ def test_importing_it_and_the_registry_brings_neither_rich_nor_jinja_nor_torch()
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert out.strip() == "set()"
+
+
+def test_printing_takes_no_random_number_of_the_programs():
+    """rich draws one as it is imported, which a process does once: so in one of its own."""
+    program = (
+        "import random; random.seed(0); before = random.getstate()\n"
+        "from tests.report import samples\n"
+        "from divergence_probe.report import registry\n"
+        "from divergence_probe.report import terminal; terminal.render(samples.ALL['healthy']())\n"
+        "for name in registry.formats(): registry.render(name, samples.ALL['healthy']())\n"
+        "assert random.getstate() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
