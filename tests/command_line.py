@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,11 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH", "")]))
     return kept | {"PYTHONPATH": path, **extra}
+
+
+def interruptible() -> None:
+    """To run first in a child: where the tests run in the background, Ctrl-C is ignored in it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def probe(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from divergence_probe.cli import main
 
-from .command_line import command, environment, probe, strict_json, write_script
+from .command_line import command, environment, interruptible, probe, strict_json, write_script
 
 FORMATS = ("concise", "json", "html", "junit", "sarif", "github", "markdown")
 
@@ -166,8 +166,7 @@ def _start(folder: Path, body: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background, an interrupt is ignored and so inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        preexec_fn=interruptible,  # noqa: PLW1509
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"

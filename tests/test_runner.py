@@ -18,6 +18,8 @@ import pytest
 from divergence_probe import runner
 from divergence_probe.runner import Target, TargetError, check
 
+from .command_line import interruptible
+
 ROOT = str(Path(runner.__file__).parents[1])
 
 # Stands for the probe's own command: it finds the package whatever the interpreter's flags are,
@@ -91,6 +93,7 @@ class Bench:
             stderr=output,
             text=True,
             errors="surrogateescape",
+            preexec_fn=interruptible,  # noqa: PLW1509
         )
 
     def same(
