@@ -23,7 +23,7 @@ _WRAPPERS = frozenset(
 _SERIALS = itertools.count()
 
 # Searching is for names only: it must not become a cost of its own.
-_SEARCH_SECONDS = 1.0
+_SEARCH_SECONDS = 0.5
 _MATCHES_TRIED = 8
 
 
