@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from divergence_probe.observe.raised import InnerLines
-    from divergence_probe.observe.session import Session, Task
+    from divergence_probe.observe.session import Session
+    from divergence_probe.observe.task import Task
 
 Level = Literal["error", "warning"]
 

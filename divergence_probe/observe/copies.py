@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 
 
 def install(patches: Patches, session: Session) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.loops import Loops
+from divergence_probe.observe.naming import named
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.tensors import leaves
@@ -298,7 +299,7 @@ class _Gradients:
                 (f[1], f[0].layout.parameters[f[1]].name) if f is not None else (-1, "")
                 for f in found
             ]
-        known, positions = self._loops.name(inputs, inputs)
+        known, positions = named(self._session.models, inputs, inputs)
         return [(position, known.layout.parameters[position].name) for position in positions]
 
     def _library_query(self, site: int, loss: Tensor | None) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from divergence_probe.errors import UsageError
 from divergence_probe.observe.capture import Forwards
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 
 PHASES = ("support", "query", "meta-test")
 

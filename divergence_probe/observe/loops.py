@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
@@ -19,11 +19,20 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.models import KnownModel, base_among
+from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.resolution import Update, resolve
-from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.snapshot import Snapshot, Values, kept, snapshot
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import (
+    Values,
+    are_whole,
+    gathered,
+    kept,
+    snapshot,
+    spread,
+)
+from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
     base_of,
     batched,
@@ -185,12 +194,12 @@ class Loops:
         task = self._thread.task
         if goes_on and not copy and not wrapped and task is not None and task.last is not None:
             values = gathered(task.last.after, task.positions)
-            if _are_whole(values):
+            if are_whole(values):
                 return values  # what the last update made: detached already
         # A leaf may be the base, which an outer step overwrites before it is measured.
         copy = copy or any(tensor.is_leaf for tensor in inputs)
         values = _unbatched(inputs, width, copy) if wrapped else snapshot(inputs, copy)
-        assert _are_whole(values)
+        assert are_whole(values)
         return values
 
     def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
@@ -214,7 +223,7 @@ class Loops:
             pending.task = task
             self._reorder(task, pending)
         elif inputs:
-            pending.named = self.name(inputs, inputs)
+            pending.named = named(self._session.models, inputs, inputs)
             # An in-place update of these is an outer step by hand.
             pending.of_base = base_among(self._session.bases, inputs) is not None or any(
                 map(self._session.models.begun, inputs)
@@ -418,7 +427,7 @@ class Loops:
         self.end_task()
         tensors = [reference() for reference in pending.inputs]
         copied = self._copied_from(pending) if in_place else None
-        known, positions = copied or pending.named or self.name(tensors, pending.before)
+        known, positions = copied or pending.named or named(session.models, tensors, pending.before)
         own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
         task = session.start_task(
             known,
@@ -449,7 +458,7 @@ class Loops:
         origins = [origin for r in pending.origins or () if (origin := r()) is not None]
         if not origins or len(origins) < len(pending.inputs):
             return None
-        return self.name(origins, origins)
+        return named(self._session.models, origins, origins)
 
     def end_task(self) -> None:
         """The current task is over; what ran since its last gradient was its query."""
@@ -467,43 +476,10 @@ class Loops:
         fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
         return self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
 
-    def name(
-        self, tensors: Sequence[Tensor | None], values: Sequence[Tensor]
-    ) -> tuple[KnownModel, list[int]]:
-        """The model that parameters belong to, and their positions in it.
-
-        By identity, by what they were cloned from, by value, and last by shape and position.
-        """
-        models = self._session.models
-        origins = [
-            self._origin(tensor if tensor is not None else value)
-            for tensor, value in zip(tensors, values, strict=True)
-        ]
-        found = [models.find(origin) or models.stand_in(origin) for origin in origins]
-        if not all(found):
-            models.discover(origins)
-            found = [models.find(origin) or models.stand_in(origin) for origin in origins]
-        first = found[0] if found else None
-        if first is not None and all(f is not None and f[0] is first[0] for f in found):
-            return first[0], [f[1] for f in found if f is not None]
-        plain = [physical(tensor)[0] for tensor in values]
-        matched = models.match(plain) or models.search_by_value(plain)
-        if matched is not None:
-            return matched
-        bases = [physical(origin)[0] for origin in origins]  # what an outer step would move
-        return models.nameless(bases, [""] * len(bases)), list(range(len(bases)))
-
-    def _origin(self, tensor: Tensor) -> Tensor:
-        models = self._session.models
-        if models.find(tensor) is not None or models.stand_in(tensor) is not None:
-            return tensor
-        base = base_of(tensor)
-        return base if base is not None else tensor
-
     def _outer(self, pending: Pending, update: Update) -> None:
         self.end_task()
         tensors = [reference() for reference in pending.inputs]
-        known, positions = pending.named or self.name(tensors, pending.before)
+        known, positions = pending.named or named(self._session.models, tensors, pending.before)
         width = len(known.layout.parameters)
         self._session.outer_step(
             known,
@@ -585,26 +561,3 @@ class Loops:
 def _unbatched(tensors: Values, width: int, copy: bool) -> Values:
     """The same out of a transform, where memory is what tells one step's result from another's."""
     return [kept(batched(t, width), copy) if t is not None else None for t in tensors]
-
-
-def spread(
-    values: Sequence[Tensor | None], positions: Sequence[int], width: int
-) -> Sequence[Tensor | None]:
-    """Values at their positions in the model's own order, None elsewhere."""
-    if len(positions) == width and positions == list(range(width)):
-        return values  # the same object: what one step made is what the next starts from
-    result: list[Tensor | None] = [None] * width
-    for value, position in zip(values, positions, strict=True):
-        result[position] = value
-    return result
-
-
-def gathered(values: Sequence[Tensor | None], positions: Sequence[int]) -> Sequence[Tensor | None]:
-    """What stands at ``positions``: the inverse of :func:`spread`."""
-    if len(positions) == len(values) and positions == list(range(len(values))):
-        return values
-    return [values[position] for position in positions]
-
-
-def _are_whole(values: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
-    return isinstance(values, Snapshot) or all(value is not None for value in values)

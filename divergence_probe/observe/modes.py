@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 
 # Types whose behaviour depends on the mode: a switch above none of them changes nothing.
 _MODE_DEPENDENT = (

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import is_fresh
 
 # Ordinary training may touch its weights between steps (clamping, averaging); after single steps

@@ -23,7 +23,8 @@ from divergence_probe.observe.capture import (
     next_order,
 )
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import plain
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward

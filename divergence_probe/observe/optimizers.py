@@ -18,8 +18,9 @@ from torch.optim.optimizer import (
 )
 
 from divergence_probe.observe.capture import Forwards
-from divergence_probe.observe.loops import Loops, spread
+from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel, base_among
+from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.optimizer_facts import (
     Carried,
@@ -29,8 +30,9 @@ from divergence_probe.observe.optimizer_facts import (
 )
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
-from divergence_probe.observe.session import Session, Task
-from divergence_probe.observe.snapshot import Values, snapshot
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import Values, snapshot, spread
+from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import was_left_alone
 
 
@@ -183,7 +185,7 @@ class Optimizers:
             positions = list(places.values())
         else:
             equal = None if begun else self._equal_to_base(parameters)
-            known, positions = equal or self._loops.name(parameters, parameters)
+            known, positions = equal or named(self._session.models, parameters, parameters)
             base = known if equal else None
             outer = base is None and (
                 begun or known in self._session.bases or known in self._session.adapted_by_hand

@@ -14,7 +14,7 @@ from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.snapshot import shapes_of
 
 if TYPE_CHECKING:
-    from divergence_probe.observe.session import Task
+    from divergence_probe.observe.task import Task
 
 # How often what was learned at a line must have been right to be relied on without more evidence.
 _TRUSTED = 3

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.models import unwrapped
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import SUPPORT, Block
 
 Place = Literal["inside", "near", "outside"]

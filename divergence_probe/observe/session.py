@@ -12,10 +12,8 @@ import itertools
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,18 +23,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import (
     NO_FORWARDS,
-    DropoutCall,
     Forwards,
-    NormalizationCall,
     Number,
     Row,
 )
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models, is_compiled
-from divergence_probe.observe.pending import Learned
+from divergence_probe.observe.naming import LayerNames
 from divergence_probe.observe.retention import Retention
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.statistics import build_block
+from divergence_probe.observe.task import Task, ThreadForwards
 from divergence_probe.record.schema import (
     FLAGS,
     OUTER,
@@ -62,70 +59,6 @@ class Sink(Protocol):
 
     def block(self, block: Block) -> None:
         """Take a closed block; may raise DivergenceDetected when the user asked for it."""
-
-
-@dataclass
-class Task:
-    """One inner loop: from the base's weights to the adapted ones.
-
-    Attributes:
-        index: of the run; a vmapped task stands for ``width`` consecutive indices.
-        known: the user's model.
-        adapter: how it is seen.
-        site: number of the user's line where it began.
-        width: number of tasks batched by vmap.
-        steps: inner steps taken so far.
-        forwards: what ran forward on its own modules since its last gradient.
-        module_names: names of the modules of its fast model, by identity.
-        last: the row of its last step.
-        fast: weak references to its current fast weights.
-        began: weak references to the leaves of its own that it started from, if it did.
-        base: the model whose weights it started from, where those are other tensors.
-        positions: which of the model's parameters its loop moves, in the loop's order.
-        inputs: weak references to what its next gradient is expected to be taken of.
-        in_place: whether its updates overwrite the parameters.
-        versions: by position, the parameters' counts of in-place changes after the last update.
-        learned: what is known of the line its gradients are taken at.
-        provisional: whether it may still turn out to be ordinary training; then rows are held.
-        held: rows of a provisional task.
-        start_event: of a provisional task.
-        first: the row of its first step.
-        recomputed: normalisation layers seen running again inside a gradient call.
-        data: facts for its events.
-    """
-
-    index: int
-    known: KnownModel
-    adapter: str
-    site: int
-    width: int = 1
-    steps: int = 0
-    forwards: Forwards = field(default_factory=Forwards)
-    module_names: dict[int, str] | None = None
-    last: Row | None = None
-    fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
-    began: list[weakref.ref[Tensor]] = field(default_factory=list)
-    base: KnownModel | None = None
-    positions: list[int] = field(default_factory=list)
-    inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
-    in_place: bool = False
-    versions: dict[int, int] = field(default_factory=dict)
-    learned: Learned | None = None
-    provisional: bool = False
-    held: list[Row] = field(default_factory=list)
-    start_event: Event | None = None
-    first: Row | None = None
-    recomputed: set[str | None] = field(default_factory=set)
-    data: dict[str, Any] = field(default_factory=dict)
-    ended: bool = False
-    thread: int = field(default_factory=threading.get_ident)
-
-
-class ThreadForwards(threading.local):
-    """What ran forward on this thread and belongs to no task yet."""
-
-    def __init__(self) -> None:
-        self.forwards = Forwards()
 
 
 class Session:
@@ -156,7 +89,7 @@ class Session:
         self.restoring: list[Callable[[Task], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
-        self._unnamed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.name_forwards = LayerNames(self.models).give
         self._last_rows: dict[int, Row] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink
@@ -486,49 +419,6 @@ class Session:
         if len(task.held) > _ROWS_HELD or self._row_bytes(row) * len(task.held) > _BYTES_PER_BLOCK:
             del task.held[0]
             task.held[0].previous = None
-
-    def name_forwards(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
-        """Give every call its layer name while its module is still alive."""
-        if not forwards.normalizations and not forwards.dropouts:
-            return
-        calls: list[NormalizationCall | DropoutCall] = [
-            *forwards.normalizations,
-            *forwards.dropouts,
-        ]
-        for order, call in enumerate(calls):
-            if call.name is not None:
-                continue
-            module = call.module() if call.module is not None else None
-            name = None
-            if module is not None:
-                name = known.name_of(module) or self.models.copied_name(module)
-                if name is None and task is not None and task.module_names is not None:
-                    name = task.module_names.get(id(module))
-            if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
-                name = self._name_by_weight(call, known, task)
-            if name is None and module is not None:
-                name = self._unnamed.setdefault(
-                    module, f"{type(module).__name__}[{len(self._unnamed)}]"
-                )
-            call.name = name or f"batch_norm[{order}]"
-
-    def _name_by_weight(
-        self, call: NormalizationCall, known: KnownModel, task: Task | None
-    ) -> str | None:
-        weight = call.weight() if call.weight is not None else None
-        if weight is None:
-            return None
-        position = known.position(weight)
-        if position is None and (origin := self.models.origin_of(weight)) is not None:
-            position = known.position(origin)
-        if position is None and task is not None:
-            for index, reference in enumerate(task.fast):
-                if reference is not None and reference() is weight:
-                    position = index
-        if position is None:
-            return None
-        name = known.layout.parameters[position].name
-        return name.rpartition(".")[0] or name
 
     def flush(self) -> None:
         """Measure the pending rows and hand them on as a block."""

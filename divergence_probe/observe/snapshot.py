@@ -8,7 +8,7 @@ than a copy. One vector for the whole set is one operation to make, and later on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -104,3 +104,25 @@ def elements_of(values: Values) -> int:
     if isinstance(values, Snapshot):
         return values.vector.numel()
     return sum(value.numel() for value in values if value is not None)
+
+
+def spread(values: Values, positions: Sequence[int], width: int) -> Values:
+    """Values at their positions in the model's own order, None elsewhere."""
+    if len(positions) == width and positions == list(range(width)):
+        return values  # the same object: what one step made is what the next starts from
+    result: list[Tensor | None] = [None] * width
+    for value, position in zip(values, positions, strict=True):
+        result[position] = value
+    return result
+
+
+def gathered(values: Values, positions: Sequence[int]) -> Values:
+    """What stands at ``positions``: the inverse of :func:`spread`."""
+    if len(positions) == len(values) and positions == list(range(len(values))):
+        return values
+    return [values[position] for position in positions]
+
+
+def are_whole(values: Values) -> TypeGuard[Sequence[Tensor]]:
+    """Whether none is missing."""
+    return isinstance(values, Snapshot) or all(value is not None for value in values)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 
 
 def stop_after(

@@ -12,7 +12,7 @@ from divergence_probe.observe.forensics.graph import Range, family, is_leaf_node
 from divergence_probe.observe.forensics.windows import FORWARD, UPDATE, Place, Window
 
 if TYPE_CHECKING:
-    from divergence_probe.observe.session import Task
+    from divergence_probe.observe.task import Task
 
 
 @dataclass

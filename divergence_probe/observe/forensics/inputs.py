@@ -14,7 +14,7 @@ from divergence_probe.observe.forensics.graph import Range, finite
 from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
-    from divergence_probe.observe.session import Task
+    from divergence_probe.observe.task import Task
 
 #: What a gradient is taken of; a function where finding out takes a walk over the graph.
 Inputs = Sequence[Tensor] | Callable[[], Sequence[Tensor]]

@@ -35,7 +35,8 @@ from divergence_probe.observe.forensics.windows import FORWARD, GRADIENT, UPDATE
 from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
-    from divergence_probe.observe.session import Session, Task
+    from divergence_probe.observe.session import Session
+    from divergence_probe.observe.task import Task
     from divergence_probe.record.schema import Block
 
 _MOST_LOOKS = 24

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from divergence_probe.observe.session import Task
+    from divergence_probe.observe.task import Task
 
 _MOST_WINDOWS = 1024
 

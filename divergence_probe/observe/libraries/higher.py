@@ -20,8 +20,9 @@ from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.norms import norms
 from divergence_probe.observe.optimizer_facts import Carried, learning_rate_of, state_values
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, snapshot
+from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"

@@ -18,7 +18,8 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.gradients import Taken, library_step
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "learn2learn"

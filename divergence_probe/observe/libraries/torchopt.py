@@ -22,7 +22,8 @@ from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.optimizer_facts import Carried, OptimizerFacts
 from divergence_probe.observe.optimizers import watching
 from divergence_probe.observe.patching import Patches
-from divergence_probe.observe.session import Session, Task
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "torchopt"

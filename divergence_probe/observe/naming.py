@@ -1,0 +1,97 @@
+"""Names in the words of the user's model: of parameters in a loop, of layers that ran forward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from divergence_probe.observe.capture import DropoutCall, Forwards, NormalizationCall
+from divergence_probe.observe.models import KnownModel, Models
+from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import base_of, physical
+
+
+def named(
+    models: Models, tensors: Sequence[Tensor | None], values: Sequence[Tensor]
+) -> tuple[KnownModel, list[int]]:
+    """The model that parameters belong to, and their positions in it.
+
+    By identity, by what they were cloned from, by value, and last by shape and position.
+    """
+    origins = [
+        _origin(models, tensor if tensor is not None else value)
+        for tensor, value in zip(tensors, values, strict=True)
+    ]
+    found = [models.find(origin) or models.stand_in(origin) for origin in origins]
+    if not all(found):
+        models.discover(origins)
+        found = [models.find(origin) or models.stand_in(origin) for origin in origins]
+    first = found[0] if found else None
+    if first is not None and all(f is not None and f[0] is first[0] for f in found):
+        return first[0], [f[1] for f in found if f is not None]
+    plain = [physical(tensor)[0] for tensor in values]
+    matched = models.match(plain) or models.search_by_value(plain)
+    if matched is not None:
+        return matched
+    bases = [physical(origin)[0] for origin in origins]  # what an outer step would move
+    return models.nameless(bases, [""] * len(bases)), list(range(len(bases)))
+
+
+def _origin(models: Models, tensor: Tensor) -> Tensor:
+    if models.find(tensor) is not None or models.stand_in(tensor) is not None:
+        return tensor
+    base = base_of(tensor)
+    return base if base is not None else tensor
+
+
+class LayerNames:
+    """Names of layers in the model they are part of; others are named by class, once."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._unnamed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+    def give(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
+        """Give every call its layer name while its module is still alive."""
+        if not forwards.normalizations and not forwards.dropouts:
+            return
+        calls: list[NormalizationCall | DropoutCall] = [
+            *forwards.normalizations,
+            *forwards.dropouts,
+        ]
+        for order, call in enumerate(calls):
+            if call.name is not None:
+                continue
+            module = call.module() if call.module is not None else None
+            name = None
+            if module is not None:
+                name = known.name_of(module) or self._models.copied_name(module)
+                if name is None and task is not None and task.module_names is not None:
+                    name = task.module_names.get(id(module))
+            if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
+                name = self._name_by_weight(call, known, task)
+            if name is None and module is not None:
+                name = self._unnamed.setdefault(
+                    module, f"{type(module).__name__}[{len(self._unnamed)}]"
+                )
+            call.name = name or f"batch_norm[{order}]"
+
+    def _name_by_weight(
+        self, call: NormalizationCall, known: KnownModel, task: Task | None
+    ) -> str | None:
+        weight = call.weight() if call.weight is not None else None
+        if weight is None:
+            return None
+        position = known.position(weight)
+        if position is None and (origin := self._models.origin_of(weight)) is not None:
+            position = known.position(origin)
+        if position is None and task is not None:
+            for index, reference in enumerate(task.fast):
+                if reference is not None and reference() is weight:
+                    position = index
+        if position is None:
+            return None
+        name = known.layout.parameters[position].name
+        return name.rpartition(".")[0] or name

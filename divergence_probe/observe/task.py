@@ -1,0 +1,79 @@
+"""One inner loop as it is observed: what is known of it while it goes on."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from divergence_probe.observe.capture import Forwards, Row
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.pending import Learned
+from divergence_probe.record.schema import Event
+
+
+@dataclass
+class Task:
+    """One inner loop: from the base's weights to the adapted ones.
+
+    Attributes:
+        index: of the run; a vmapped task stands for ``width`` consecutive indices.
+        known: the user's model.
+        adapter: how it is seen.
+        site: number of the user's line where it began.
+        width: number of tasks batched by vmap.
+        steps: inner steps taken so far.
+        forwards: what ran forward on its own modules since its last gradient.
+        module_names: names of the modules of its fast model, by identity.
+        last: the row of its last step.
+        fast: weak references to its current fast weights.
+        began: weak references to the leaves of its own that it started from, if it did.
+        base: the model whose weights it started from, where those are other tensors.
+        positions: which of the model's parameters its loop moves, in the loop's order.
+        inputs: weak references to what its next gradient is expected to be taken of.
+        in_place: whether its updates overwrite the parameters.
+        versions: by position, the parameters' counts of in-place changes after the last update.
+        learned: what is known of the line its gradients are taken at.
+        provisional: whether it may still turn out to be ordinary training; then rows are held.
+        held: rows of a provisional task.
+        start_event: of a provisional task.
+        first: the row of its first step.
+        recomputed: normalisation layers seen running again inside a gradient call.
+        data: facts for its events.
+    """
+
+    index: int
+    known: KnownModel
+    adapter: str
+    site: int
+    width: int = 1
+    steps: int = 0
+    forwards: Forwards = field(default_factory=Forwards)
+    module_names: dict[int, str] | None = None
+    last: Row | None = None
+    fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    began: list[weakref.ref[Tensor]] = field(default_factory=list)
+    base: KnownModel | None = None
+    positions: list[int] = field(default_factory=list)
+    inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    in_place: bool = False
+    versions: dict[int, int] = field(default_factory=dict)
+    learned: Learned | None = None
+    provisional: bool = False
+    held: list[Row] = field(default_factory=list)
+    start_event: Event | None = None
+    first: Row | None = None
+    recomputed: set[str | None] = field(default_factory=set)
+    data: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+
+class ThreadForwards(threading.local):
+    """What ran forward on this thread and belongs to no task yet."""
+
+    def __init__(self) -> None:
+        self.forwards = Forwards()
