@@ -22,8 +22,10 @@ _WRAPPERS = frozenset(
 #: Tells models of the same structure apart.
 _SERIALS = itertools.count()
 
-# Searching is for names only: it must not become a cost of its own.
-_SEARCH_SECONDS = 0.5
+# Searching is for names only: it must not become a cost of its own. Seconds of this thread's own
+# time, for a busy machine takes no names away; a few searches are granted to any program.
+_SEARCH_SECONDS = 1.0
+_SEARCHES_GRANTED = 8
 _MATCHES_TRIED = 8
 
 
@@ -100,6 +102,7 @@ class Models:
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._searched: set[int] = set()
         self._search_seconds = 0.0
+        self._searches = 0
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._begun: dict[int, weakref.ref[Tensor]] = {}
@@ -281,8 +284,9 @@ class Models:
 
     def _modules(self) -> list[nn.Module]:
         """Every module alive that is the user's own, from one pass over all objects."""
-        started = time.perf_counter()
-        if self._search_seconds > _SEARCH_SECONDS:
+        started = time.thread_time()
+        self._searches += 1
+        if self._search_seconds > _SEARCH_SECONDS and self._searches > _SEARCHES_GRANTED:
             return []
         modules = [
             candidate
@@ -291,7 +295,7 @@ class Models:
             and "_modules" in vars(candidate)
             and type(candidate).__name__ not in _WRAPPERS
         ]
-        self._search_seconds += time.perf_counter() - started
+        self._search_seconds += time.thread_time() - started
         return modules
 
     def search_by_value(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
