@@ -10,7 +10,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.models import Models
 from divergence_probe.observe.pending import Pending
-from divergence_probe.observe.snapshot import Snapshot, is_empty, shapes_of, snapshot
+from divergence_probe.observe.snapshot import are_whole, is_empty, shapes_of, snapshot
 from divergence_probe.observe.tensors import base_of, batched, physical
 from divergence_probe.record.schema import FLAGS
 
@@ -34,8 +34,7 @@ class Update:
     @property
     def complete(self) -> bool:
         """Whether every input's update was seen."""
-        values = self.values
-        return isinstance(values, Snapshot) or all(value is not None for value in values)
+        return are_whole(self.values)
 
 
 def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:

@@ -87,6 +87,11 @@ def kept(tensor: Tensor, copy: bool) -> Tensor:
     return tensor.detach().clone() if copy else tensor.detach()
 
 
+def kept_as_stepped(tensor: Tensor) -> Tensor:
+    """One value of a library's parameter: leaves are stepped in place, others made anew."""
+    return kept(tensor, copy=tensor.is_leaf)
+
+
 def shapes_of(values: Values) -> Sequence[torch.Size | None]:
     """The shape of each; None where there is none."""
     if isinstance(values, Snapshot):

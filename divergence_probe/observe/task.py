@@ -12,7 +12,6 @@ from torch import Tensor
 from divergence_probe.observe.capture import Forwards, Row
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Learned
-from divergence_probe.record.schema import Event
 
 
 @dataclass
@@ -39,7 +38,6 @@ class Task:
         learned: what is known of the line its gradients are taken at.
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
-        start_event: of a provisional task.
         first: the row of its first step.
         recomputed: normalisation layers seen running again inside a gradient call.
         data: facts for its events.
@@ -64,7 +62,6 @@ class Task:
     learned: Learned | None = None
     provisional: bool = False
     held: list[Row] = field(default_factory=list)
-    start_event: Event | None = None
     first: Row | None = None
     recomputed: set[str | None] = field(default_factory=set)
     data: dict[str, Any] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.optimizer_facts import learning_rate_of
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import kept_as_stepped
 from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import FLAGS
 
@@ -79,7 +80,7 @@ class _Problems:
                 with guard.work():
                     if self_._parents:
                         self._task(self_)
-                    before = [_kept(tensor) for tensor in self_.trainable_parameters()]
+                    before = [kept_as_stepped(tensor) for tensor in self_.trainable_parameters()]
                     self.under_way[self_] = _Descent(before, rest)
                 try:
                     result = original(self_, *args, **kwargs)
@@ -175,7 +176,7 @@ class _Problems:
             self._accumulate(problem, descent)
             return
         known = self._model(problem)
-        after = [_kept(tensor) for tensor in problem.trainable_parameters()]
+        after = [kept_as_stepped(tensor) for tensor in problem.trainable_parameters()]
         if not len(descent.before) == len(after) == len(known.layout.parameters):
             session.unseen(
                 f"betty's problem {problem.name} trains other than its module's parameters."
@@ -236,11 +237,6 @@ class _Problems:
             return result
 
         return step_after_roll_back
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """Leaves are stepped in place; an iterative problem's parameters are new tensors each time."""
-    return tensor.detach().clone() if tensor.is_leaf else tensor.detach()
 
 
 def _gradient(tensor: Tensor, taken: Taken) -> Tensor | None:

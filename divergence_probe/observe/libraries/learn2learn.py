@@ -19,6 +19,7 @@ from divergence_probe.observe.gradients import Taken, library_step
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import kept_as_stepped
 from divergence_probe.observe.task import Task
 from divergence_probe.record.schema import FLAGS
 
@@ -159,8 +160,8 @@ class _Learners:
         second_order = any(g is not None and g.requires_grad for g in gradients)
         self.session.step(
             task,
-            [_kept(tensor) for tensor in before],
-            [_kept(tensor) for tensor in after],
+            [kept_as_stepped(tensor) for tensor in before],
+            [kept_as_stepped(tensor) for tensor in after],
             [g.detach() if g is not None else None for g in gradients],
             loss=loss.detach(),
             learning_rate=_learning_rate(learner),
@@ -169,11 +170,6 @@ class _Learners:
             flags=FLAGS["second_order"] if second_order else 0,
         )
         task.fast = [weakref.ref(tensor) for tensor in after]
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A leaf is the base's own: the outer step overwrites it."""
-    return tensor.detach().clone() if tensor.is_leaf else tensor.detach()
 
 
 def _learning_rate(learner: Any) -> Number:
