@@ -105,20 +105,24 @@ class _Gradients:
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._passes():
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
-            with self._guard.work():
+            work, goes_on = self._guard.work(), False
+            with work:
                 site = self._session.sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
                     inputs = tensors  # an iterator can be read only once
                 loss = _first_tensor(outputs)
-                self._open(site, "grad", loss, tensors)
+                goes_on = self._open(site, "grad", loss, tensors)
                 self._forensics.before(site, loss, tensors, names=self._names)
-            with self._guard.gradient_call():
+            work.gradient += 1
+            try:
                 result = original(outputs, inputs, *args, **kwargs)
-            with self._guard.work():
+            finally:
+                work.gradient -= 1
+            with work:
                 made = list(result.values()) if isinstance(result, dict) else list(result)
-                self._note(site, "grad", loss, tensors, made)
+                self._note(goes_on, site, "grad", loss, tensors, made)
                 self._forensics.after(loss, tensors, made, self._names)
             return result
 
@@ -187,7 +191,7 @@ class _Gradients:
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
-                self._note(site, "backward", loss, reached, made, carried)
+                self._note(False, site, "backward", loss, reached, made, carried)
                 self._forensics.after(loss, parameters, None, self._names)
             return result
 
@@ -209,15 +213,20 @@ class _Gradients:
             if self._passes():
                 return original(func, argnums, has_aux, args, kwargs)
             inputs: list[Tensor] = []
-            with self._guard.work():
+            work, goes_on = self._guard.work(), False
+            with work:
+                site = self._session.sites.here()
                 inputs = _tensors([args[i] for i in _tuple(argnums)])
-                self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
+                goes_on = self._loops.goes_on(site, "func", None, inputs)
+                if not goes_on:
+                    self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
             with self._functional.taking(inputs):
                 result = original(func, argnums, has_aux, args, kwargs)
-            with self._guard.work():
-                site, value = self._session.sites.here(), result[1][0] if has_aux else result[1]
-                self._open(site, "func", value, inputs)
-                self._note(site, "func", value, inputs, _tensors(result[0]))
+            with work:
+                value = result[1][0] if has_aux else result[1]
+                if not goes_on:
+                    self._open(site, "func", value, inputs)
+                self._note(goes_on, site, "func", value, inputs, _tensors(result[0]))
             return result
 
         return grad_and_value_impl
@@ -241,8 +250,8 @@ class _Gradients:
                         )
                         inputs, loss = _tensors(taken), _first_tensor(output)
                         site = self._session.sites.here()
-                        self._open(site, "func", loss, inputs)
-                        self._note(site, "func", loss, inputs, _tensors(made))
+                        goes_on = self._open(site, "func", loss, inputs)
+                        self._note(goes_on, site, "func", loss, inputs, _tensors(made))
                 return made
 
             return (output, watched, *aux)
@@ -274,12 +283,17 @@ class _Gradients:
         loss: Tensor | None,
         inputs: Sequence[Tensor],
         adds: bool = False,
-    ) -> None:
+    ) -> bool:
+        """Whether it is no more than the next step of a known loop."""
+        if self._loops.goes_on(site, function, loss, inputs):
+            return True
         self._library_query(site, loss)
         self._loops.opening(function, loss, inputs, adds)
+        return False
 
     def _note(
         self,
+        goes_on: bool,
         site: int,
         function: str,
         loss: Tensor | None,
@@ -287,7 +301,11 @@ class _Gradients:
         gradients: Sequence[Tensor | None],
         carried: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        if len(inputs) == len(gradients):
+        if len(inputs) != len(gradients):
+            return
+        if goes_on:
+            self._loops.went_on(loss, inputs, gradients)
+        else:
             self._loops.gradient(site, function, loss, inputs, gradients, carried=carried)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:

@@ -20,16 +20,85 @@ from divergence_probe.errors import DivergenceDetected
 _clock = time.perf_counter
 _DisableTorchFunction = torch._C.DisableTorchFunction
 _set_grad_enabled = torch._C._set_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
-class ThreadState(threading.local):
-    """Per-thread nesting: our own work and a library's step must not be observed as the user's."""
+class ThreadState:
+    """One thread's nesting: our own work and a library's step must not be observed as the user's.
 
-    own: int = 0
-    inside: int = 0
-    gradient: int = 0
-    differentiable: bool = True
+    It is also the context of :meth:`Guard.work`: one object a thread instead of one a piece of
+    work, and what is entered again inside of itself has nothing left to put aside.
+
+    Attributes:
+        own: how deep inside our own work the thread is.
+        inside: how deep inside calls that are observed as a whole.
+        gradient: how deep inside gradient calls.
+        differentiable: whether the user's code has gradients enabled, while our own work is done.
+    """
+
+    __slots__ = (
+        "_clear", "_guard", "_started", "_torch_function",
+        "differentiable", "gradient", "inside", "own",
+    )  # fmt: skip
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._started = 0.0
+        self._torch_function: Any = None
+        self._clear: Any = None
+        self.own = 0
+        self.inside = 0
+        self.gradient = 0
+        self.differentiable = True
+
+    @property
+    def transformed(self) -> bool:
+        """While our own work is done: whether it was called from inside a functorch transform."""
+        return self._clear is not None
+
+    def __enter__(self) -> None:
+        self.own += 1
+        if self.own > 1:
+            return
+        self._started = _clock()
+        self.differentiable = _is_grad_enabled()
+        self._torch_function = _DisableTorchFunction()
+        self._torch_function.__enter__()
+        _set_grad_enabled(False)
+        if _functorch_active():
+            # Inside vmap or grad our arithmetic on plain tensors must not be transformed.
+            self._clear = temporarily_clear_interpreter_stack()
+            self._clear.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        guard = self._guard
+        self.own -= 1
+        if self.own == 0:
+            if self._clear is not None:
+                self._clear.__exit__(None, None, None)
+                self._clear = None
+            _set_grad_enabled(self.differentiable)
+            self._torch_function.__exit__(None, None, None)
+            guard.spent += _clock() - self._started
+        if error is None:
+            return False
+        if isinstance(error, Exception) and not isinstance(error, DivergenceDetected):
+            guard.fail(error)
+            return True
+        return False
+
+
+class _Threads(threading.local):
+    """Gives each thread its state; plain attributes of it are quicker than a local's own."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.state = ThreadState(guard)
 
 
 _GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -57,25 +126,30 @@ class Guard:
         self.active = True
         self.failure: str | None = None
         self.spent = 0.0
-        self.state = ThreadState()
-        self._inside = _Nested(self.state, "inside")
-        self._gradient_call = _Nested(self.state, "gradient")
+        self._threads = _Threads(self)
+        self._inside = _Nested(self._threads, "inside")
+        self._gradient_call = _Nested(self._threads, "gradient")
         _GUARDS.add(self)
+
+    @property
+    def state(self) -> ThreadState:
+        """This thread's nesting."""
+        return self._threads.state
 
     @property
     def watching(self) -> bool:
         """Whether a call arriving now is the user's and should be looked at."""
-        state = self.state
+        state = self._threads.state
         return self.active and state.own == 0 and state.inside == 0
 
     @property
     def differentiable(self) -> bool:
         """Whether the user's code has gradients enabled, asked from inside our own work."""
-        return self.state.differentiable
+        return self._threads.state.differentiable
 
-    def work(self) -> _Work:
+    def work(self) -> ThreadState:
         """Our own work inside the user's call; an error switches the probe off, once, warned."""
-        return _Work(self)
+        return self._threads.state
 
     def inside(self) -> _Nested:
         """Inside a call that is already observed as a whole; what it calls is not looked at."""
@@ -104,61 +178,16 @@ class Guard:
 class _Nested:
     """Counts one more level of a thread's nesting each time it is entered; holds no state."""
 
-    __slots__ = ("_name", "_state")
+    __slots__ = ("_name", "_threads")
 
-    def __init__(self, state: ThreadState, name: str) -> None:
-        self._state = state
+    def __init__(self, threads: _Threads, name: str) -> None:
+        self._threads = threads
         self._name = name
 
     def __enter__(self) -> None:
-        setattr(self._state, self._name, getattr(self._state, self._name) + 1)
+        state = self._threads.state
+        setattr(state, self._name, getattr(state, self._name) + 1)
 
     def __exit__(self, *error: object) -> None:
-        setattr(self._state, self._name, getattr(self._state, self._name) - 1)
-
-
-class _Work:
-    """The context of :meth:`Guard.work`; a class because a generator costs three times as much."""
-
-    __slots__ = ("_clear", "_gradients", "_guard", "_started", "_torch_function")
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-
-    def __enter__(self) -> None:
-        state = self._guard.state
-        self._started = _clock()
-        own = state.own = state.own + 1
-        gradients = self._gradients = torch.is_grad_enabled()
-        if own == 1:
-            state.differentiable = gradients
-        self._torch_function = _DisableTorchFunction()
-        self._torch_function.__enter__()
-        _set_grad_enabled(False)
-        self._clear: Any = None
-        if _functorch_active():
-            # Inside vmap or grad our arithmetic on plain tensors must not be transformed.
-            self._clear = temporarily_clear_interpreter_stack()
-            self._clear.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        guard = self._guard
-        if self._clear is not None:
-            self._clear.__exit__(None, None, None)
-        _set_grad_enabled(self._gradients)
-        self._torch_function.__exit__(None, None, None)
-        state = guard.state
-        state.own -= 1
-        if state.own == 0:
-            guard.spent += _clock() - self._started
-        if error is None:
-            return False
-        if isinstance(error, Exception) and not isinstance(error, DivergenceDetected):
-            guard.fail(error)
-            return True
-        return False
+        state = self._threads.state
+        setattr(state, self._name, getattr(state, self._name) - 1)

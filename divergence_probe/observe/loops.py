@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
@@ -32,6 +32,7 @@ from divergence_probe.observe.snapshot import (
     snapshot,
     spread,
 )
+from divergence_probe.observe.steady import is_next_step
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
     base_of,
@@ -58,6 +59,7 @@ class _Thread(threading.local):
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
+        self.next_step: Pending | None = None
         self.unused: tuple[object, ...] = ()
         self.repeated = 0
 
@@ -113,6 +115,43 @@ class Loops:
                 thread.follower.stop()
             self.settle(inputs)
 
+    def goes_on(
+        self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
+    ) -> bool:
+        """Instead of :meth:`opening`, where the next step of a known loop is about to be taken.
+
+        Then what its gradient is taken of is the last update's result, and all is said of that one.
+        """
+        session, thread = self._session, self._thread
+        pending = thread.pending
+        if pending is None or len(session.open) > 1 or session.guard.state.transformed:
+            return False
+        if not is_next_step(pending, site, function, loss, inputs):
+            return False
+        thread.pending, thread.next_step = None, pending
+        pending.learned.confirmed += 1
+        self._step(pending, Update(list(inputs), snapshot(inputs, copy=False)))
+        return True
+
+    def went_on(
+        self, loss: Tensor | None, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Instead of :meth:`gradient`, after :meth:`goes_on`: the gradient was taken."""
+        session, thread = self._session, self._thread
+        pending, task = thread.next_step, thread.task
+        thread.next_step = None
+        if pending is None or task is None or task.last is None:
+            return
+        pending.task = task
+        pending.inputs = [weakref.ref(tensor) for tensor in inputs]
+        pending.before = cast(Sequence[Tensor], gathered(task.last.after, task.positions))
+        pending.gradients = snapshot(gradients, copy=False)
+        pending.flags = FLAGS["second_order"] if any(map(carries_graph, _there(gradients))) else 0
+        pending.set_loss(loss)
+        pending.forwards = session.loose.forwards.split_for(loss, self._foreign_to(inputs))
+        session.name_forwards(pending.forwards, task.known, task)
+        self._wait_for(pending, loss, inputs, gradients)
+
     def gradient(
         self,
         site: int,
@@ -133,8 +172,19 @@ class Loops:
         else:
             pending = self._begin(site, function, loss, inputs, gradients, forwards)
             pending.carried = [(weakref.ref(leaf), gradient) for leaf, gradient in carried]
-            thread.pending = pending
-        if pending.inputs and all(gradient is None for gradient in gradients):
+        self._wait_for(pending, loss, inputs, gradients)
+
+    def _wait_for(
+        self,
+        pending: Pending,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """A gradient was taken: what becomes of it is still to be seen."""
+        thread = self._thread
+        thread.pending = pending
+        if pending.inputs and not any(gradient is not None for gradient in gradients):
             self._runs_base_weights(loss, inputs)
         if self._needs_following(pending):
             if thread.follower is None:
@@ -162,14 +212,13 @@ class Loops:
         forwards: Forwards,
     ) -> Pending:
         learned = self.learned_at(site)
-        made = [gradient for gradient in gradients if gradient is not None]
+        made = _there(gradients)
         wrapped = any(map(is_wrapped, inputs)) or any(map(is_wrapped, made))
         width = max(physical(t)[1] for t in (*inputs, *made)) if wrapped else 1
         task = self._thread.task
         goes_on = width == 1 and task is not None and self._goes_on(task, inputs)
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
-        scalar = loss is not None and loss.numel() == 1
         second_order = any(map(carries_graph, made))
         pending = Pending(
             site=site,
@@ -177,13 +226,12 @@ class Loops:
             inputs=[weakref.ref(tensor) for tensor in inputs],
             before=self._values(inputs, width, wrapped, copy, goes_on),
             gradients=_unbatched(gradients, width, copy) if wrapped else snapshot(gradients, copy),
-            loss=physical(loss)[0].detach() if loss is not None and scalar else None,
-            loss_of=weakref.ref(loss) if loss is not None else None,
             forwards=forwards,
             learned=learned,
             flags=FLAGS["second_order"] if second_order else 0,
             width=width,
         )
+        pending.set_loss(loss)
         self._place(pending, inputs, goes_on)
         return pending
 
@@ -556,6 +604,10 @@ class Loops:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
         if self._thread.follower is not None:
             self._thread.follower.stop()
+
+
+def _there(values: Values) -> list[Tensor]:
+    return [value for value in values if value is not None]
 
 
 def _unbatched(tensors: Values, width: int, copy: bool) -> Values:

@@ -12,6 +12,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.snapshot import shapes_of
+from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
     from divergence_probe.observe.task import Task
@@ -44,6 +45,17 @@ class Learned:
     functional: bool | None = None
     piecewise: bool = False
     confirmed: int = 0
+
+    @property
+    def is_known_by_heart(self) -> bool:
+        """Whether tasks here make new tensors in a known number of steps, all at once each."""
+        return bool(
+            self.steps
+            and self.functional
+            and self.confirmed > 1
+            and self.optimizer is None
+            and not self.piecewise
+        )
 
     def task_took(self, steps: int) -> None:
         """Note a finished task's length; it is trusted once two in a row agree."""
@@ -103,10 +115,10 @@ class Pending:
     inputs: list[weakref.ref[Tensor]]
     before: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
-    loss: Number
-    loss_of: weakref.ref[Tensor] | None
     forwards: Forwards
     learned: Learned
+    loss: Number = None
+    loss_of: weakref.ref[Tensor] | None = None
     flags: int = 0
     candidates: list[list[Candidate]] = field(default_factory=list)
     writes: list[int] = field(default_factory=list)
@@ -123,6 +135,12 @@ class Pending:
     named: tuple[KnownModel, list[int]] | None = None
     of_base: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
+
+    def set_loss(self, loss: Tensor | None) -> None:
+        """Note what the gradient was taken of, and its value where it is a single number."""
+        self.loss_of = weakref.ref(loss) if loss is not None else None
+        scalar = loss is not None and loss.numel() == 1
+        self.loss = physical(loss)[0].detach() if loss is not None and scalar else None
 
     def expect_evidence(self) -> None:
         """Make room for what is seen of each input; empty as long as nothing is followed."""

@@ -110,7 +110,7 @@ def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 #: Operations that give the same values back: a parameter seen through them is still itself.
-_IDENTITIES = frozenset(
+IDENTITIES = frozenset(
     {"CloneBackward0", "ToCopyBackward0", "AliasBackward0", "ViewBackward0", "UnsafeViewBackward0",
      "ReshapeAliasBackward0", "ExpandBackward0", "SqueezeBackward0", "UnsqueezeBackward0"}
 )  # fmt: skip
@@ -125,7 +125,7 @@ def base_of(tensor: Tensor, depth: int = 3) -> Tensor | None:
         variable = getattr(node, "variable", None)
         if isinstance(variable, torch.Tensor):
             return variable if variable.shape == tensor.shape else None
-        if node.name() not in _IDENTITIES:
+        if node.name() not in IDENTITIES:
             return None  # p - lr * g leads back to p, too, where g is a constant
         following = [n for n, _ in node.next_functions if n is not None]
         if len(following) != 1:
