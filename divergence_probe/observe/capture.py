@@ -91,6 +91,11 @@ class Forwards:
     def __bool__(self) -> bool:
         return bool(self.normalizations or self.dropouts or self.losses)
 
+    @property
+    def only_a_loss(self) -> bool:
+        """Whether nothing ran but what ends in a single loss (or nothing at all)."""
+        return not self.normalizations and not self.dropouts and len(self.losses) <= 1
+
     def measurable(self) -> Forwards:
         """What a row has to keep: the losses are known by value."""
         return self if self.normalizations or self.dropouts else NO_FORWARDS
@@ -112,7 +117,7 @@ class Forwards:
         That is everything differentiable after the loss computed before ``loss``'s own, but for
         layers whose weight is ``foreign`` (another task's) or gone.
         """
-        if not self.normalizations and not self.dropouts and len(self.losses) <= 1:
+        if self.only_a_loss:
             return self.take()
         mine = [i for i, call in enumerate(self.losses) if call.tensor() is loss]
         last = mine[-1] if mine else len(self.losses) - 1

@@ -18,6 +18,7 @@ from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import leaves
 
 
@@ -57,19 +58,16 @@ def library_step(guard: Guard) -> Iterator[Taken]:
 
 
 class _Functional(threading.local):
-    """The parameters of the ``torch.func`` gradient this thread is inside of, as the user's."""
+    """The ``torch.func`` gradient this thread is inside of.
+
+    Attributes:
+        inputs: its parameters, as the user's.
+        task: the one it is expected to go on with; the step before it is still to be recorded.
+    """
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
-
-    @contextmanager
-    def taking(self, inputs: list[Tensor]) -> Iterator[None]:
-        """While the gradient with respect to ``inputs`` runs."""
-        outer, self.inputs = self.inputs, inputs
-        try:
-            yield
-        finally:
-            self.inputs = outer
+        self.task: Task | None = None
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -105,7 +103,7 @@ class _Gradients:
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._passes():
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
-            work, goes_on = self._guard.work(), False
+            work, expected = self._guard.work(), False
             with work:
                 site = self._session.sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
@@ -113,16 +111,23 @@ class _Gradients:
                 if not isinstance(inputs, Tensor | dict | list | tuple):
                     inputs = tensors  # an iterator can be read only once
                 loss = _first_tensor(outputs)
-                goes_on = self._open(site, "grad", loss, tensors)
-                self._forensics.before(site, loss, tensors, names=self._names)
+                task = self._open(site, "grad", loss, tensors)
+                expected = task is not None  # and its loss has been looked at
+                watched = loss if task is None else None
+                self._forensics.before(site, watched, tensors, task, self._names, ahead=expected)
             work.gradient += 1
             try:
                 result = original(outputs, inputs, *args, **kwargs)
+            except BaseException:
+                if expected:
+                    with work:
+                        self._loops.settle(tensors)
+                raise
             finally:
                 work.gradient -= 1
             with work:
                 made = list(result.values()) if isinstance(result, dict) else list(result)
-                self._note(goes_on, site, "grad", loss, tensors, made)
+                self._note(expected, site, "grad", loss, tensors, made)
                 self._forensics.after(loss, tensors, made, self._names)
             return result
 
@@ -213,20 +218,32 @@ class _Gradients:
             if self._passes():
                 return original(func, argnums, has_aux, args, kwargs)
             inputs: list[Tensor] = []
-            work, goes_on = self._guard.work(), False
+            task: Task | None = None
+            work, functional = self._guard.work(), self._functional
             with work:
                 site = self._session.sites.here()
                 inputs = _tensors([args[i] for i in _tuple(argnums)])
-                goes_on = self._loops.goes_on(site, "func", None, inputs)
-                if not goes_on:
+                if self._forensics.calm(None):
+                    task = self._loops.expected(site, "func", None, inputs)
+                if task is None:
                     self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
-            with self._functional.taking(inputs):
+            expected = task is not None
+            outer = functional.inputs, functional.task
+            functional.inputs, functional.task = inputs, task
+            try:
                 result = original(func, argnums, has_aux, args, kwargs)
+            except BaseException:
+                if expected:
+                    with work:
+                        self._loops.settle(inputs)
+                raise
+            finally:
+                functional.inputs, functional.task = outer
             with work:
                 value = result[1][0] if has_aux else result[1]
-                if not goes_on:
+                if not expected:
                     self._open(site, "func", value, inputs)
-                self._note(goes_on, site, "func", value, inputs, _tensors(result[0]))
+                self._note(expected, site, "func", value, inputs, _tensors(result[0]))
             return result
 
         return grad_and_value_impl
@@ -250,8 +267,8 @@ class _Gradients:
                         )
                         inputs, loss = _tensors(taken), _first_tensor(output)
                         site = self._session.sites.here()
-                        goes_on = self._open(site, "func", loss, inputs)
-                        self._note(goes_on, site, "func", loss, inputs, _tensors(made))
+                        expected = self._open(site, "func", loss, inputs) is not None
+                        self._note(expected, site, "func", loss, inputs, _tensors(made))
                 return made
 
             return (output, watched, *aux)
@@ -266,8 +283,16 @@ class _Gradients:
                 return original(outputs, inputs, *args, **kwargs)
             loss, tensors = _first_tensor(outputs), _tensors(inputs)
             with self._guard.work():
-                site, sources = self._session.sites.here(), self._functional.inputs
-                self._forensics.before(site, loss, tensors, names=self._names, sources=sources)
+                site, functional = self._session.sites.here(), self._functional
+                if functional.task is not None and not self._forensics.calm(loss):
+                    self._loops.settle(functional.inputs)  # what the step before made is asked for
+                    functional.task = None
+                task = functional.task
+                watched = loss if task is None else None
+                self._forensics.before(
+                    site, watched, tensors, task, self._names, functional.inputs,
+                    ahead=task is not None,
+                )  # fmt: skip
             with self._guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with self._guard.work():
@@ -283,17 +308,18 @@ class _Gradients:
         loss: Tensor | None,
         inputs: Sequence[Tensor],
         adds: bool = False,
-    ) -> bool:
-        """Whether it is no more than the next step of a known loop."""
-        if self._loops.goes_on(site, function, loss, inputs):
-            return True
-        self._library_query(site, loss)
-        self._loops.opening(function, loss, inputs, adds)
-        return False
+    ) -> Task | None:
+        """The task of a known loop it can only be the next step of, if there is one."""
+        calm = self._forensics.calm(loss)
+        task = self._loops.expected(site, function, loss, inputs) if calm else None
+        if task is None:
+            self._library_query(site, loss)
+            self._loops.opening(function, loss, inputs, adds)
+        return task
 
     def _note(
         self,
-        goes_on: bool,
+        expected: bool,
         site: int,
         function: str,
         loss: Tensor | None,
@@ -303,10 +329,11 @@ class _Gradients:
     ) -> None:
         if len(inputs) != len(gradients):
             return
-        if goes_on:
-            self._loops.went_on(loss, inputs, gradients)
-        else:
-            self._loops.gradient(site, function, loss, inputs, gradients, carried=carried)
+        if expected and self._loops.went_on(loss, inputs, gradients):
+            return
+        if expected:  # no more, since something was seen to be wrong
+            self._loops.opening(function, loss, inputs)
+        self._loops.gradient(site, function, loss, inputs, gradients, carried=carried)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         """Positions and names of parameters in their model."""

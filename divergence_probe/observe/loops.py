@@ -9,14 +9,14 @@ between two steps by other means is a restored base, and begins a new task.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import ref
 
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
-from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.capture import NO_FORWARDS, Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.naming import named
@@ -28,7 +28,9 @@ from divergence_probe.observe.snapshot import (
     Values,
     are_whole,
     gathered,
+    is_whole,
     kept,
+    pair,
     snapshot,
     spread,
 )
@@ -59,7 +61,6 @@ class _Thread(threading.local):
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
-        self.next_step: Pending | None = None
         self.unused: tuple[object, ...] = ()
         self.repeated = 0
 
@@ -115,42 +116,56 @@ class Loops:
                 thread.follower.stop()
             self.settle(inputs)
 
-    def goes_on(
+    def expected(
         self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
-    ) -> bool:
-        """Instead of :meth:`opening`, where the next step of a known loop is about to be taken.
+    ) -> Task | None:
+        """The task of a known loop that a gradient about to be taken can only go on with.
 
-        Then what its gradient is taken of is the last update's result, and all is said of that one.
+        Then neither :meth:`opening` nor :meth:`gradient` is called, but :meth:`went_on`.
         """
         session, thread = self._session, self._thread
         pending = thread.pending
-        if pending is None or len(session.open) > 1 or session.guard.state.transformed:
-            return False
+        if pending is None or session.guard.state.transformed:
+            return None
         if not is_next_step(pending, site, function, loss, inputs):
-            return False
-        thread.pending, thread.next_step = None, pending
-        pending.learned.confirmed += 1
-        self._step(pending, Update(list(inputs), snapshot(inputs, copy=False)))
-        return True
+            return None
+        task = pending.task
+        if task is None or task.ended or task is not thread.task:
+            task = pending.task = self._start(pending, in_place=False)
+        if len(session.open) == 1:
+            return task
+        return None  # a library's task, whose query this may be
 
     def went_on(
-        self, loss: Tensor | None, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> None:
-        """Instead of :meth:`gradient`, after :meth:`goes_on`: the gradient was taken."""
-        session, thread = self._session, self._thread
-        pending, task = thread.next_step, thread.task
-        thread.next_step = None
-        if pending is None or task is None or task.last is None:
-            return
-        pending.task = task
-        pending.inputs = [weakref.ref(tensor) for tensor in inputs]
-        pending.before = cast(Sequence[Tensor], gathered(task.last.after, task.positions))
-        pending.gradients = snapshot(gradients, copy=False)
+        self,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> bool:
+        """The expected gradient was taken: its inputs are what the update before it made.
+
+        False, and nothing is done, where that update was settled in the meantime.
+        """
+        session, pending = self._session, self._thread.pending
+        if pending is None or pending.task is None:
+            return False
+        values, slopes = pair(inputs, gradients, pending.before)
+        pending.learned.confirmed += 1
+        self._record(pending.task, pending, values, pending.flags, inputs)
+        pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
+        pending.before = cast(Sequence[Tensor], values)
+        pending.gradients = slopes
         pending.flags = FLAGS["second_order"] if any(map(carries_graph, _there(gradients))) else 0
         pending.set_loss(loss)
-        pending.forwards = session.loose.forwards.split_for(loss, self._foreign_to(inputs))
-        session.name_forwards(pending.forwards, task.known, task)
+        forwards = session.loose.forwards
+        if forwards.only_a_loss:
+            forwards.losses.clear()
+            pending.forwards = NO_FORWARDS
+        else:
+            pending.forwards = forwards.split_for(loss, self._foreign_to(inputs))
+            session.name_forwards(pending.forwards, pending.task.known, pending.task)
         self._wait_for(pending, loss, inputs, gradients)
+        return True
 
     def gradient(
         self,
@@ -171,7 +186,7 @@ class Loops:
             self._extend(pending, loss, inputs, gradients)
         else:
             pending = self._begin(site, function, loss, inputs, gradients, forwards)
-            pending.carried = [(weakref.ref(leaf), gradient) for leaf, gradient in carried]
+            pending.carried = [(ref(leaf), gradient) for leaf, gradient in carried]
         self._wait_for(pending, loss, inputs, gradients)
 
     def _wait_for(
@@ -223,7 +238,7 @@ class Loops:
         pending = Pending(
             site=site,
             function=function,
-            inputs=[weakref.ref(tensor) for tensor in inputs],
+            inputs=[ref(tensor) for tensor in inputs],
             before=self._values(inputs, width, wrapped, copy, goes_on),
             gradients=_unbatched(gradients, width, copy) if wrapped else snapshot(gradients, copy),
             forwards=forwards,
@@ -277,7 +292,7 @@ class Loops:
                 map(self._session.models.begun, inputs)
             )
             origins = [self._session.models.origin_of(tensor) for tensor in inputs]
-            present = [weakref.ref(origin) for origin in origins if origin is not None]
+            present = [ref(origin) for origin in origins if origin is not None]
             pending.origins = present if len(present) == len(inputs) else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
@@ -319,7 +334,7 @@ class Loops:
         pending.learned.piecewise = True
         before, made = list(pending.before), list(pending.gradients)
         for tensor, gradient in zip(inputs, gradients, strict=True):
-            pending.inputs.append(weakref.ref(tensor))
+            pending.inputs.append(ref(tensor))
             before.append(kept(batched(tensor, pending.width), copy=True))
             made.append(
                 kept(batched(gradient, pending.width), copy=True) if gradient is not None else None
@@ -381,36 +396,44 @@ class Loops:
             self.not_a_step(pending)
 
     def _step(self, pending: Pending, update: Update) -> None:
-        session, thread = self._session, self._thread
+        thread = self._thread
         if update.in_place and pending.of_base:
             self._outer(pending, update)
             return
         task = pending.task
         if task is None or task.ended or task is not thread.task:
             task = self._start(pending, update.in_place)
-        positions = task.positions
-        width = len(task.known.layout.parameters)
         flags = pending.flags
         flags |= 0 if update.certain else FLAGS["uncertain"]
         flags |= 0 if update.complete else FLAGS["incomplete"]
-        session.step(
+        self._record(task, pending, update.values, flags, update.tensors)
+        if update.in_place:
+            task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
+
+    def _record(
+        self, task: Task, pending: Pending, values: Values, flags: int, made: Values
+    ) -> None:
+        """An inner step that made ``made``, of the values ``values``."""
+        columns: Sequence[Values] = (pending.before, values, pending.gradients)
+        positions, width = task.positions, len(task.known.layout.parameters)
+        task.inputs = [ref(t) if t is not None else None for t in made]
+        task.fast = task.inputs
+        if not is_whole(positions, width):
+            columns = [spread(column, positions, width) for column in columns]
+            task.fast = [None] * width
+            for reference, position in zip(task.inputs, positions, strict=True):
+                task.fast[position] = reference
+        self._session.step(
             task,
-            spread(pending.before, positions, width),
-            spread(update.values, positions, width),
-            spread(pending.gradients, positions, width),
+            *columns,
             loss=pending.loss,
             learning_rate=None,
             site=pending.site,
             forwards=pending.forwards,
             flags=flags,
             width=pending.width,
-            carried=[gradient for _, gradient in pending.carried],
+            carried=[gradient for _, gradient in pending.carried] if pending.carried else (),
         )
-        task.inputs = [weakref.ref(t) if t is not None else None for t in update.tensors]
-        task.fast = [None] * width
-        for reference, position in zip(task.inputs, positions, strict=True):
-            task.fast[position] = reference
-        task.versions = {positions[i]: version for i, version in pending.versions.items()}
 
     def _reorder(self, task: Task, pending: Pending) -> None:
         """Bring a task's positions into the order this gradient was taken in, which may differ.
@@ -494,9 +517,7 @@ class Loops:
             for tensor in tensors:
                 if tensor is not None and tensor.is_leaf:
                     models.note_begun(tensor)
-        task.began = [
-            weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
-        ]
+        task.began = [ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)]
         thread.task = task
         self._in_place.began(task, pending.before, tensors)
         return task

@@ -39,12 +39,16 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     guard = session.guard
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not guard.watching:
+        state = guard.state
+        if state.inside or state.own or not guard.active or torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        with guard.inside():
+        state.inside += 1  # cross_entropy calls nll_loss
+        try:
             result = original(*args, **kwargs)
+        finally:
+            state.inside -= 1
         if isinstance(result, Tensor):
-            with guard.work():
+            with state:
                 if result.numel() == 1:
                     value = physical(result)[0].detach()
                     call = LossCall(weakref.ref(result), value, next_order())

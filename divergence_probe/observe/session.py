@@ -205,7 +205,8 @@ class Session:
         """An inner step was taken. Tensors must be detached and safe from in-place changes."""
         if isinstance(learning_rate, Tensor):  # a learned rate is stepped before it is measured
             learning_rate = learning_rate.detach().clone()
-        flags |= self._clipping()
+        if self.clipped is not None:
+            flags |= self._clipping()
         row = Row(
             task.index,
             task.steps,
@@ -224,11 +225,11 @@ class Session:
             task.last,
             carried,
         )
-        if task.steps == 0 and learning_rate is None:  # by hand: its optimizer's state is not seen
-            row.preceding = self._last_rows.get(row.layout)
-        self._last_rows[row.layout] = row
-        task.last = row
-        task.first = task.first or row
+        if task.first is None:
+            task.first = row
+            if learning_rate is None:  # by hand: its optimizer's state is not seen
+                row.preceding = self._last_rows.get(row.layout)
+        self._last_rows[row.layout] = task.last = row
         task.steps += 1
         self._add(row, task)
         return row
@@ -385,12 +386,12 @@ class Session:
     # -- pending rows ---------------------------------------------------------------------------
 
     def _add(self, row: Row, task: Task | None) -> None:
-        known = task.known if task is not None else None
-        if known is not None and row.forwards:
-            self.name_forwards(row.forwards, known, task)
-        if task is not None and task.provisional:
-            self._hold(task, row)
-            return
+        if task is not None:
+            if row.forwards is not NO_FORWARDS:
+                self.name_forwards(row.forwards, task.known, task)
+            if task.provisional:
+                self._hold(task, row)
+                return
         with self._lock:
             if self._rows and self._rows[-1].layout != row.layout:
                 self.flush()

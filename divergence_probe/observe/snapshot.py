@@ -7,6 +7,7 @@ than a copy. One vector for the whole set is one operation to make, and later on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TypeGuard, overload
 
@@ -19,24 +20,34 @@ _flatten = torch._C._nn.flatten_dense_tensors
 
 Values = Sequence[Tensor | None]
 
-# Shapes met, so that the many snapshots of one model share them: one object less to collect.
-_SHAPES: dict[tuple[torch.Size, ...], tuple[torch.Size, ...]] = {}
+# Shapes met, and how many elements they have in all.
+_SHAPES: dict[tuple[torch.Size, ...], int] = {}
 
 
 class Snapshot(Sequence[Tensor]):
     """A copy of several tensors in one vector; as a sequence, views of their shapes.
 
     Attributes:
-        vector: all their elements, ``[N]``.
+        store: the vector ``[M]``, which another set may share: see :func:`pair`.
+        start: where their ``N`` elements begin in it, a multiple of ``N``.
         shapes: their shapes.
     """
 
-    __slots__ = ("_parts", "shapes", "vector")
+    __slots__ = ("_parts", "shapes", "start", "store")
 
-    def __init__(self, vector: Tensor, shapes: tuple[torch.Size, ...]) -> None:
-        self.vector = vector
+    def __init__(self, store: Tensor, shapes: tuple[torch.Size, ...], start: int = 0) -> None:
+        self.store = store
         self.shapes = shapes
+        self.start = start
         self._parts: list[Tensor] | None = None
+
+    @property
+    def vector(self) -> Tensor:
+        """All their elements, ``[N]``."""
+        elements = elements_in(self.shapes)
+        if len(self.store) == elements:
+            return self.store
+        return self.store.narrow(0, self.start, elements)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -64,22 +75,53 @@ def snapshot(tensors: Values, copy: bool) -> Values:
         tensors: any shapes, dtypes and devices.
         copy: whether their memory may be written to before the values are used.
     """
-    elements = 0
-    for tensor in tensors:
-        if tensor is None:
-            break
-        elements += tensor.numel()
-    else:
-        if 0 < elements <= MOST_TOGETHER:
-            try:
-                vector = _flatten(tensors)  # type: ignore[arg-type]
-                if len(tensors) == 1:
-                    vector = vector.clone()  # a single one is not copied
-                shapes = tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
-                return Snapshot(vector, _SHAPES.setdefault(shapes, shapes))
-            except (RuntimeError, TypeError):
-                pass  # sparse, or not a tuple or list
+    shapes = _small(tensors)
+    if shapes is not None:
+        try:
+            vector = _flatten(tensors)  # type: ignore[arg-type]
+            if len(shapes) == 1:
+                vector = vector.clone()  # a single one is not copied
+            return Snapshot(vector, shapes)
+        except (RuntimeError, TypeError):
+            pass  # sparse, or not a tuple or list
     return [kept(tensor, copy) if tensor is not None else None for tensor in tensors]
+
+
+def pair(tensors: Values, others: Values, like: Values) -> tuple[Values, Values]:
+    """As two calls of :func:`snapshot` without ``copy``, in one copy where they are small.
+
+    Args:
+        tensors: of the shapes of ``like``, in that order.
+        others: likewise, None where there is none.
+        like: an earlier snapshot.
+    """
+    if isinstance(like, Snapshot):
+        try:
+            store = _flatten([*tensors, *others])  # type: ignore[list-item]
+        except (RuntimeError, TypeError):
+            pass  # sparse, or not all there
+        else:
+            elements = _SHAPES.get(like.shapes, 0)
+            if len(store) == 2 * elements:
+                return Snapshot(store, like.shapes), Snapshot(store, like.shapes, elements)
+    return snapshot(tensors, copy=False), snapshot(others, copy=False)
+
+
+def _small(tensors: Values) -> tuple[torch.Size, ...] | None:
+    """The shapes of ``tensors`` where all are there and few enough to be copied together."""
+    try:
+        shapes = tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
+    except AttributeError:  # None
+        return None
+    return shapes if 0 < elements_in(shapes) <= MOST_TOGETHER else None
+
+
+def elements_in(shapes: tuple[torch.Size, ...]) -> int:
+    """How many elements tensors of these shapes have in all."""
+    known = _SHAPES.get(shapes)
+    if known is None:
+        known = _SHAPES[shapes] = sum(shape.numel() for shape in shapes)
+    return known
 
 
 def kept(tensor: Tensor, copy: bool) -> Tensor:
@@ -107,13 +149,23 @@ def is_empty(values: Values) -> bool:
 def elements_of(values: Values) -> int:
     """How many elements there are in all."""
     if isinstance(values, Snapshot):
-        return values.vector.numel()
+        return elements_in(values.shapes)
     return sum(value.numel() for value in values if value is not None)
+
+
+@functools.lru_cache(maxsize=256)
+def _in_order(width: int) -> list[int]:
+    return list(range(width))
+
+
+def is_whole(positions: Sequence[int], width: int) -> bool:
+    """Whether ``positions`` are all there are, in the model's own order."""
+    return positions == _in_order(width)
 
 
 def spread(values: Values, positions: Sequence[int], width: int) -> Values:
     """Values at their positions in the model's own order, None elsewhere."""
-    if len(positions) == width and positions == list(range(width)):
+    if is_whole(positions, width):
         return values  # the same object: what one step made is what the next starts from
     result: list[Tensor | None] = [None] * width
     for value, position in zip(values, positions, strict=True):
@@ -123,7 +175,7 @@ def spread(values: Values, positions: Sequence[int], width: int) -> Values:
 
 def gathered(values: Values, positions: Sequence[int]) -> Values:
     """What stands at ``positions``: the inverse of :func:`spread`."""
-    if len(positions) == len(values) and positions == list(range(len(values))):
+    if is_whole(positions, len(values)):
         return values
     return [values[position] for position in positions]
 

@@ -49,59 +49,79 @@ def measure_vectors(
     sizes = [shape.numel() for shape in shapes_of(rows[0].before) if shape is not None]
     if not sizes or len(sizes) < len(rows[0].before) or sum(sizes) > MOST_TOGETHER:
         return None
-    weights = Vectors(sum(sizes))
-    starts = [weights.position(row.before) for row in rows]
-    ends = [weights.position(row.after) for row in rows]
-    gradients = Vectors(sum(sizes), [row.gradients for row in rows])
-    points, gradient = weights.stacked(), gradients.stacked()
-    if points is None or gradient is None or points.dtype is not gradient.dtype:
+    vectors = Vectors(sum(sizes))
+    starts = [vectors.position(row.before) for row in rows]
+    ends = [vectors.position(row.after) for row in rows]
+    slopes = [vectors.position(row.gradients) for row in rows]
+    matrix = vectors.stacked()
+    if matrix is None:
         return None
-    device, norm = points.device, torch.linalg.vector_norm
-    update = points.index_select(0, torch.tensor(ends, device=device))
-    update.sub_(points.index_select(0, torch.tensor(starts, device=device)))
-    norms = to_numpy(
-        torch.stack([norm(part, dim=1) for part in torch.split(points, sizes, 1)], dim=1)
-    )
-    parts = []
-    for g, u in zip(torch.split(gradient, sizes, 1), torch.split(update, sizes, 1), strict=True):
-        parts += [norm(g, dim=1), norm(u, dim=1), torch.linalg.vecdot(g, u)]
-    table = to_numpy(torch.stack(parts, dim=1)).reshape(len(rows), len(sizes), 3)
+    update = _rows(matrix, ends).sub_(_rows(matrix, starts))
+    gradient = _rows(matrix, slopes)
+    norms = to_numpy(_norms(matrix, sizes))
+    update_norms = _norms(update, sizes)
+    parts = zip(torch.split(gradient, sizes, 1), torch.split(update, sizes, 1), strict=True)
+    along = torch.stack([torch.linalg.vecdot(g, u) for g, u in parts], dim=1)
+    table = to_numpy(torch.stack((update_norms, along)))
     if np.isinf(norms).any() or np.isinf(table).any():
         return None
     columns = {
         "norm_before": norms[starts],
         "norm_after": norms[ends],
-        "gradient_norm": table[:, :, 0],
-        "update_norm": table[:, :, 1],
+        "gradient_norm": norms[slopes],
+        "update_norm": table[0],
     }
     along_next = torch.linalg.vecdot(gradient[later], update[earlier])
-    return VectorNumbers(columns, table[:, :, 2], to_numpy(along_next))
+    return VectorNumbers(columns, table[1], to_numpy(along_next))
+
+
+def _rows(matrix: Tensor, positions: list[int]) -> Tensor:
+    return matrix.index_select(0, torch.tensor(positions, device=matrix.device))
+
+
+def _norms(matrix: Tensor, sizes: list[int]) -> Tensor:
+    """``[R, P]`` norms of each row's parts."""
+    parts = torch.split(matrix, sizes, 1)
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
 
 
 class Vectors:
-    """Sets of tensors, each to become one row of a matrix ``[sets, width]``."""
+    """Sets of tensors, each to become one row of a matrix ``[sets, width]``.
 
-    def __init__(self, width: int, sets: Sequence[Values] = ()) -> None:
+    Sets that share one copy lie next to each other in it already, and are put in together.
+    """
+
+    def __init__(self, width: int) -> None:
         self._width = width
-        self._sets = list(sets)
+        self._stores: list[Tensor | None] = []
+        self._rows = 0
         self._positions: dict[int, int] = {}
 
     def position(self, values: Values) -> int:
         """The row of ``values``; the same object always has the same one."""
-        position = self._positions.setdefault(id(values), len(self._sets))
-        if position == len(self._sets):
-            self._sets.append(values)
+        if isinstance(values, Snapshot):
+            return self._place(id(values.store), values.store) + values.start // self._width
+        known = self._positions.get(id(values))
+        return known if known is not None else self._place(id(values), _vector(values))
+
+    def _place(self, key: int, store: Tensor | None) -> int:
+        position = self._positions.setdefault(key, self._rows)
+        if position == self._rows:
+            whole = store is not None and len(store) % self._width == 0
+            self._stores.append(store if whole else None)
+            self._rows += len(store) // self._width if store is not None and whole else 1
         return position
 
     def stacked(self) -> Tensor | None:
         """The matrix in at least single precision, or None where some tensor does not fit in."""
-        vectors = [s.vector if isinstance(s, Snapshot) else _vector(s) for s in self._sets]
         try:  # torch itself is the quickest to tell whether they are all there and alike
-            matrix = torch.stack(vectors)  # type: ignore[arg-type]
+            matrix = torch.cat(self._stores)  # type: ignore[arg-type]
         except (TypeError, RuntimeError):
             return None
-        if matrix.shape[1] != self._width or not matrix.is_floating_point():
+        alike = all(store is not None and store.dtype is matrix.dtype for store in self._stores)
+        if len(matrix) != self._rows * self._width or not matrix.is_floating_point() or not alike:
             return None
+        matrix = matrix.view(self._rows, self._width)
         return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
 
 

@@ -81,14 +81,17 @@ def _together(rows: Sequence[Row]) -> Array | None:
     width = elements_of(rows[0].before)
     if not 0 < width <= MOST_TOGETHER:
         return None
-    sets = [
-        values
+    vectors = Vectors(width)
+    positions = [
+        vectors.position(values)
         for row in rows
         if (preceding := row.preceding) is not None
         for values in (row.before, row.after, preceding.before, preceding.after, row.gradients)
     ]
-    vectors = Vectors(width, sets).stacked()
-    return _inner_products(vectors.view(len(rows), 5, width)) if vectors is not None else None
+    matrix = vectors.stacked()
+    return (
+        _inner_products(matrix[positions].view(len(rows), 5, width)) if matrix is not None else None
+    )
 
 
 def _sums(rows: Sequence[Row], parameter: int) -> Array:

@@ -79,6 +79,7 @@ class Investigator:
         names: Names | None = None,
         sources: Sequence[Tensor] = (),
         library: bool = False,
+        ahead: bool = False,
     ) -> None:
         """A gradient of ``loss`` with respect to ``inputs`` is about to be taken.
 
@@ -90,21 +91,29 @@ class Investigator:
             names: of the inputs.
             sources: the user's tensors behind the inputs, where a transform wraps them.
             library: whether a library's own step takes it.
+            ahead: whether the step before it is complete, but not recorded yet.
         """
         if self._off:
             return
         case = self._case
         window = Window(site, made_by(sources or inputs), sequence_number())
-        window.library = library or task is not None
+        window.library = library
         self.leave()
         try:
-            self._belongs(window, task or self._task_of(sources or inputs))
+            self._belongs(window, task or self._task_of(sources or inputs), ahead)
             case.windows.open(window)
             self._reporter.advance(window)
             if loss is not None and loss.grad_fn is not None and loss.numel() == 1:
                 self._look(loss, inputs, window, names or nameless)
         except Exception:  # never the user's problem: the watching goes on without forensics
             self._give_up()
+
+    def calm(self, loss: Tensor | None) -> bool:
+        """Whether nothing is being looked for, and nothing is seen to be wrong with ``loss``."""
+        if self._off or self._case.armed or self._reporter.waiting:
+            return self._off
+        value = self._value(loss) if loss is not None and loss.numel() == 1 else None
+        return value is None or math.isfinite(value)
 
     def leave(self) -> None:
         """Leave the mode stack: a gradient call is about to be dispatched."""
@@ -318,16 +327,16 @@ class Investigator:
             fault.layers = step.bad_weights
             self._reporter.found(fault, window, None)
 
-    def _belongs(self, window: Window, task: Task | None) -> None:
+    def _belongs(self, window: Window, task: Task | None, ahead: bool = False) -> None:
         """Note the task a gradient call goes on with; the call before it was its last step."""
         if task is None:
             return
         window.task = task
-        window.step = task.steps
+        window.step = steps = task.steps + ahead
         last = self._case.windows.last
-        if last is not None and last is not window and last.task is None and task.steps:
+        if last is not None and last is not window and last.belongs is None and steps:
             last.task = task
-            last.step = task.steps - 1
+            last.step = steps - 1
 
     def _task_of(self, inputs: Inputs) -> Task | None:
         """The open task whose fast weights these are."""

@@ -48,6 +48,11 @@ class Reporter:
         """Whether a fault was found already: what is bad from then on may be its doing."""
         return bool(self._keys)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a fault was found that is not reported yet."""
+        return bool(self._waiting)
+
     def found(self, fault: Fault, window: Window, place: Place | None) -> None:
         """Take a new fault; one like an earlier one is dropped, a suspicion gives way to proof."""
         key = (fault.phase, fault.what, fault.operation, fault.layer, fault.certain)

@@ -156,7 +156,7 @@ class _Higher:
                 if (site := self.session.sites.here()) >= 0:
                     task.data["step_site"] = site
                 names = list(enumerate(info.name for info in task.known.layout.parameters))
-                forensics.before(site, loss, before, task, lambda _: names)
+                forensics.before(site, loss, before, task, lambda _: names, library=True)
             with guard.gradient_call():
                 result = original(self_, loss, params, override, read, **kwargs)
             with guard.work():
