@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
+from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.tensors import batched, plain
 from divergence_probe.record.schema import FLAGS
@@ -34,6 +35,9 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self._guard = guard
         self._pending: Pending | None = None
+        self._gradients: list[tuple[int, weakref.ref[Tensor]]] = []
+        self._recital: Recital | None = None
+        self._learning: list[Heard] | None = None
         self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
         self._cut: set[int] = set()
         self._storages: dict[int, list[int]] = {}
@@ -45,10 +49,31 @@ class Follower(TorchFunctionMode):
 
         They are those of the last call: where there is one a parameter, of the last inputs.
         """
-        if self._pending is not pending:
-            self._pending, self._tags, self._storages = pending, {}, {}
-            self._cut = set()
+        goes_on = self._pending is pending
+        if not goes_on:
+            self._forget()
+            self._pending = pending
         pending.expect_evidence()
+        first = len(pending.inputs) - len(gradients)
+        self._gradients = [
+            (index, weakref.ref(gradient))
+            for index, gradient in enumerate(gradients, first)
+            if gradient is not None
+        ]
+        script = pending.learned.script
+        if script is None or goes_on or script.parameters != len(pending.inputs):
+            self._tag_all(pending)
+            self._learning = [] if pending.may_become_a_script and not goes_on else None
+        else:
+            self._recital = Recital(script, pending.inputs)
+        if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
+            # Over a mode of the user's ours could be popped in its place: then identity decides.
+            self.__enter__()  # type: ignore[no-untyped-call]
+            self._pushed = True
+        pending.followed = pending.followed or self._pushed
+
+    def _tag_all(self, pending: Pending) -> None:
+        """Tag the parameters and the gradients, the ends that an update ties together."""
         for index, reference in enumerate(pending.inputs):
             tensor = reference()
             if tensor is not None:
@@ -56,19 +81,22 @@ class Follower(TorchFunctionMode):
                 pointer = _storage(tensor)
                 if pointer:
                     self._storages.setdefault(pointer, []).append(index)
-        for index, gradient in enumerate(gradients, len(pending.inputs) - len(gradients)):
+        for index, reference in self._gradients:
+            gradient = reference()
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
-        if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
-            # Over a mode of the user's ours could be popped in its place: then identity decides.
-            self.__enter__()  # type: ignore[no-untyped-call]
-            self._pushed = True
-        pending.followed = pending.followed or self._pushed
 
     def stop(self) -> None:
         """Forget what was followed, and leave the mode stack if we are on top of it."""
+        if self._recital is not None and self._recital.heard and self._pending is not None:
+            with self._guard.work():
+                self._catch_up(self._pending, self._recital)
         self._forget()
-        if self._pushed and not self._handling:
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the mode stack if we are on top of it, and have nothing left to see."""
+        if self._pushed and self._pending is None and not self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
             stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
             if stack and stack[-1] is self:
@@ -79,30 +107,66 @@ class Follower(TorchFunctionMode):
 
     def _forget(self) -> None:
         """Look at nothing more; the mode, if it is on, only passes through."""
-        self._pending, self._tags, self._storages = None, {}, {}
-        self._cut = set()
+        self._pending = self._recital = self._learning = None
+        self._gradients = []
+        if self._tags:
+            self._tags, self._storages, self._cut = {}, {}, set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
         self._handling += 1
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs) if kwargs else func(*args)
         finally:
             self._handling -= 1
         pending = self._pending
-        if pending is None or torch.compiler.is_compiling() or not self._guard.watching:
+        if pending is None:
             return result
-        if self._guard.state.gradient:
+        state = self._guard.state
+        if state.gradient or not self._guard.watching or torch.compiler.is_compiling():
             return result
+        if self._recital is not None:
+            self._listen(pending, self._recital, func, args, kwargs, result)
+            return result
+        if self._learning is not None:
+            self._learning.append(Heard(func, args, kwargs, result))
         operation = operation_of(func)
         if operation.unrelated or not self._concerns(operation, args, kwargs):
             return result
-        with self._guard.work():
+        with state:
             self._look(pending, operation, args, kwargs or {}, result)
             if pending.has_every_candidate:
                 pending.complete = True
+                if self._learning is not None:
+                    pending.learn_script(self._learning, state.differentiable)
                 self._forget()
         return result
+
+    def _listen(
+        self, pending: Pending, recital: Recital, func: Any, args: Any, kwargs: Any, result: Any
+    ) -> None:
+        """Hear the next operation of an update known by heart."""
+        try:
+            as_expected = recital.hear(func, args, kwargs, result)
+        except Exception as error:
+            self._guard.fail(error)
+            return
+        if not as_expected:
+            with self._guard.work():
+                self._catch_up(pending, recital)
+        elif recital.complete:
+            pending.recited = recital
+            pending.complete = True
+            self._forget()
+
+    def _catch_up(self, pending: Pending, recital: Recital) -> None:
+        """It is another update than the one known: follow what was heard of it so far."""
+        self._recital = pending.learned.script = None
+        self._tag_all(pending)
+        for one in recital.heard:
+            operation = operation_of(one.func)
+            if not operation.unrelated and self._concerns(operation, one.args, one.kwargs):
+                self._look(pending, operation, one.args, one.kwargs or {}, one.result)
 
     def _concerns(self, operation: Operation, args: Any, kwargs: Any) -> bool:
         """Whether an operation can matter: most of a forward's neither take nor write our own."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.recital import Heard, Recital, Script
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.tensors import physical
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # How often what was learned at a line must have been right to be relied on without more evidence.
 _TRUSTED = 3
+# An update that is another one every few tasks is followed every time.
+_MOST_SCRIPTS = 8
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Learned:
         functional: whether updates make new tensors.
         piecewise: whether each parameter's gradient is a call by itself.
         confirmed: how often what was learned turned out right.
+        script: the operations of the update, once they were the same for a while.
+        scripts: how many scripts were tried to learn.
     """
 
     candidates: list[int] | None = None
@@ -45,6 +50,8 @@ class Learned:
     functional: bool | None = None
     piecewise: bool = False
     confirmed: int = 0
+    script: Script | None = None
+    scripts: int = 0
 
     @property
     def is_known_by_heart(self) -> bool:
@@ -102,6 +109,7 @@ class Pending:
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
         complete: whether it was followed no further than to the update, not to its first use.
+        recited: its update, where that was the one known by heart.
         width: tasks batched by vmap.
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
@@ -129,6 +137,7 @@ class Pending:
     met: bool = False
     followed: bool = False
     complete: bool = False
+    recited: Recital | None = None
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
@@ -147,6 +156,36 @@ class Pending:
         missing = len(self.inputs) - len(self.candidates)
         self.candidates += [[] for _ in range(missing)]
         self.writes += [0] * missing
+
+    @property
+    def may_become_a_script(self) -> bool:
+        """Whether it is worth noting every operation of its update."""
+        learned = self.learned
+        return (
+            self.function != "backward"
+            and self.width == 1
+            and not learned.piecewise
+            and learned.confirmed >= _TRUSTED
+            and learned.scripts < _MOST_SCRIPTS
+        )
+
+    def learn_script(self, heard: Sequence[Heard], differentiable: bool) -> None:
+        """Every candidate that was right before has been made by the operations ``heard``."""
+        learned = self.learned
+        learned.scripts += 1
+        right: list[Candidate | None] = [
+            candidates[position] if 0 <= position < len(candidates) else None
+            for candidates, position in zip(self.candidates, learned.candidates or (), strict=True)
+        ]
+        chosen = [candidate for candidate in right if candidate is not None]
+        if chosen and len({candidate.cut for candidate in chosen}) == 1:
+            learned.script = Script.of(
+                heard,
+                [reference() for reference in self.inputs],
+                [candidate.tensor() if candidate is not None else None for candidate in right],
+                differentiable,
+                chosen[0].cut,
+            )
 
     @property
     def updated(self) -> bool:

@@ -10,6 +10,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.models import Models
 from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.recital import Recital
 from divergence_probe.observe.snapshot import are_whole, is_empty, shapes_of, snapshot
 from divergence_probe.observe.tensors import base_of, batched, physical
 from divergence_probe.record.schema import FLAGS
@@ -47,6 +48,8 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     """
     if pending.written:
         return _in_place(pending)
+    if pending.recited is not None:
+        return _recited(pending, pending.recited)
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
     if _discarded(pending, following):
@@ -83,6 +86,22 @@ def _unfollowed(pending: Pending, following: Sequence[Tensor], models: Models) -
     if pending.width == 1 and not any(map(is_wrapped, following)):
         return Update(list(following), snapshot(following, copy=False))
     return Update(list(following), [batched(t, pending.width).detach() for t in following])
+
+
+def _recited(pending: Pending, recital: Recital) -> Update:
+    """The update that is known by heart; a parameter without a gradient stays what it was."""
+    pending.learned.confirmed += 1
+    if recital.script.cut:
+        pending.flags &= ~FLAGS["second_order"]
+    tensors = [
+        (made[0] if made is not None else reference)()
+        for made, reference in zip(recital.made, pending.inputs, strict=True)
+    ]
+    values = [
+        made[1] if made is not None else before
+        for made, before in zip(recital.made, pending.before, strict=True)
+    ]
+    return Update(tensors, snapshot(values, copy=False))
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
