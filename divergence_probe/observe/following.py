@@ -69,7 +69,7 @@ class Follower(TorchFunctionMode):
         if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
             # Over a mode of the user's ours could be popped in its place: then identity decides.
             self.__enter__()  # type: ignore[no-untyped-call]
-            self._pushed = True
+            self._pushed, self._guard.state.on_stack = True, self.leave
         pending.followed = pending.followed or self._pushed
 
     def _tag_all(self, pending: Pending) -> None:
@@ -101,9 +101,9 @@ class Follower(TorchFunctionMode):
             stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
             if stack and stack[-1] is self:
                 self.__exit__(None, None, None)
-                self._pushed = False
-            elif self not in stack:
-                self._pushed = False
+            elif self in stack:
+                return
+            self._pushed, self._guard.state.on_stack = False, None
 
     def _forget(self) -> None:
         """Look at nothing more; the mode, if it is on, only passes through."""

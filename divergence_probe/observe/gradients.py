@@ -159,7 +159,7 @@ class _Gradients:
         """``Tensor.backward``: the place to leave the mode stack before torch dispatches to it."""
 
         def backward(*args: Any, **kwargs: Any) -> Any:
-            if not self._passes():
+            if not self._passes() and (self._guard.state.on_stack or self._forensics.watches):
                 with self._guard.work():
                     self._loops.stop_following()
                     self._forensics.leave()

@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -35,11 +36,13 @@ class ThreadState:
         inside: how deep inside calls that are observed as a whole.
         gradient: how deep inside gradient calls.
         differentiable: whether the user's code has gradients enabled, while our own work is done.
+        on_stack: takes our function mode off the thread's stack, if it is done; None where it is
+            not on it.
     """
 
     __slots__ = (
         "_clear", "_guard", "_started", "_torch_function",
-        "differentiable", "gradient", "inside", "own",
+        "differentiable", "gradient", "inside", "on_stack", "own",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
@@ -51,6 +54,7 @@ class ThreadState:
         self.inside = 0
         self.gradient = 0
         self.differentiable = True
+        self.on_stack: Callable[[], None] | None = None
 
     @property
     def transformed(self) -> bool:

@@ -149,7 +149,7 @@ class Loops:
         session, pending = self._session, self._thread.pending
         if pending is None or pending.task is None:
             return False
-        values, slopes = pair(inputs, gradients, pending.before)
+        values, slopes = pair(inputs, gradients, (False, False), like=pending.before)
         pending.learned.confirmed += 1
         self._record(pending.task, pending, values, pending.flags, inputs)
         pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
@@ -235,12 +235,13 @@ class Loops:
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
         second_order = any(map(carries_graph, made))
+        before, slopes = self._values(inputs, gradients, width, wrapped, copy, goes_on)
         pending = Pending(
             site=site,
             function=function,
             inputs=[ref(tensor) for tensor in inputs],
-            before=self._values(inputs, width, wrapped, copy, goes_on),
-            gradients=_unbatched(gradients, width, copy) if wrapped else snapshot(gradients, copy),
+            before=before,
+            gradients=slopes,
             forwards=forwards,
             learned=learned,
             flags=FLAGS["second_order"] if second_order else 0,
@@ -251,19 +252,31 @@ class Loops:
         return pending
 
     def _values(
-        self, inputs: Sequence[Tensor], width: int, wrapped: bool, copy: bool, goes_on: bool
-    ) -> Sequence[Tensor]:
-        """Values of what a gradient is taken of, safe from what the user does to them next."""
-        task = self._thread.task
-        if goes_on and not copy and not wrapped and task is not None and task.last is not None:
-            values = gathered(task.last.after, task.positions)
-            if are_whole(values):
-                return values  # what the last update made: detached already
+        self,
+        inputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        width: int,
+        wrapped: bool,
+        copy: bool,
+        goes_on: bool,
+    ) -> tuple[Sequence[Tensor], Values]:
+        """Values of what a gradient is taken of, and its own, safe from what the user does next."""
         # A leaf may be the base, which an outer step overwrites before it is measured.
-        copy = copy or any(tensor.is_leaf for tensor in inputs)
-        values = _unbatched(inputs, width, copy) if wrapped else snapshot(inputs, copy)
+        leaf = any(tensor.is_leaf for tensor in inputs)
+        if wrapped:
+            values = _unbatched(inputs, width, copy or leaf)
+            slopes = _unbatched(gradients, width, copy)
+        elif leaf and len(inputs) == len(gradients):
+            values, slopes = pair(inputs, gradients, (True, copy))
+        else:
+            task, known = self._thread.task, None
+            if goes_on and not copy and task is not None and task.last is not None:
+                known = gathered(task.last.after, task.positions)
+            if known is None or not are_whole(known):  # (what the last update made is detached)
+                known = snapshot(inputs, copy or leaf)
+            values, slopes = known, snapshot(gradients, copy)
         assert are_whole(values)
-        return values
+        return values, slopes
 
     def _foreign_to(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], bool]:
         """Tells weights of another open task from those a gradient of ``inputs`` can go through."""

@@ -42,6 +42,8 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
         state = guard.state
         if state.inside or state.own or not guard.active or torch.compiler.is_compiling():
             return original(*args, **kwargs)
+        if state.on_stack is not None:
+            state.on_stack()  # before torch asks whether there is a mode
         state.inside += 1  # cross_entropy calls nll_loss
         try:
             result = original(*args, **kwargs)

@@ -31,7 +31,7 @@ from divergence_probe.observe.optimizer_facts import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, snapshot, spread
+from divergence_probe.observe.snapshot import Values, pair, snapshot, spread
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import was_left_alone
 
@@ -194,13 +194,14 @@ class Optimizers:
             self._check_base_weights(parameters)
         if pending is not None:
             self._session.name_forwards(pending.forwards, known, None)
+        before, gradients = pair(parameters, [p.grad for p in parameters], (True, True))
         return _Step(
             optimizer,
             facts,
             parameters,
-            snapshot(parameters, copy=True),
+            before,
             [p._version for p in parameters],
-            snapshot([p.grad for p in parameters], copy=True),
+            gradients,
             pending,
             self._session.sites.here(),
             known,

@@ -45,7 +45,7 @@ class Snapshot(Sequence[Tensor]):
     def vector(self) -> Tensor:
         """All their elements, ``[N]``."""
         elements = elements_in(self.shapes)
-        if len(self.store) == elements:
+        if self.store.numel() == elements:
             return self.store
         return self.store.narrow(0, self.start, elements)
 
@@ -87,24 +87,28 @@ def snapshot(tensors: Values, copy: bool) -> Values:
     return [kept(tensor, copy) if tensor is not None else None for tensor in tensors]
 
 
-def pair(tensors: Values, others: Values, like: Values) -> tuple[Values, Values]:
-    """As two calls of :func:`snapshot` without ``copy``, in one copy where they are small.
+def pair(
+    tensors: Values, others: Values, copy: tuple[bool, bool], like: Values | None = None
+) -> tuple[Values, Values]:
+    """As two calls of :func:`snapshot`, in one copy where they are small.
 
     Args:
-        tensors: of the shapes of ``like``, in that order.
-        others: likewise, None where there is none.
-        like: an earlier snapshot.
+        tensors: as many as ``others``.
+        others: each of the same shape, or None where there is none.
+        copy: whether the memory of either may be written to before the values are used.
+        like: an earlier snapshot of the same shapes, where there is one: they are not asked for.
     """
-    if isinstance(like, Snapshot):
+    shapes = like.shapes if isinstance(like, Snapshot) else None if like else _small(tensors)
+    if shapes is not None:
         try:
             store = _flatten([*tensors, *others])  # type: ignore[list-item]
         except (RuntimeError, TypeError):
             pass  # sparse, or not all there
         else:
-            elements = _SHAPES.get(like.shapes, 0)
-            if len(store) == 2 * elements:
-                return Snapshot(store, like.shapes), Snapshot(store, like.shapes, elements)
-    return snapshot(tensors, copy=False), snapshot(others, copy=False)
+            elements = elements_in(shapes)
+            if store.numel() == 2 * elements:
+                return Snapshot(store, shapes), Snapshot(store, shapes, elements)
+    return snapshot(tensors, copy[0]), snapshot(others, copy[1])
 
 
 def _small(tensors: Values) -> tuple[torch.Size, ...] | None:

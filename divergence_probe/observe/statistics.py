@@ -12,7 +12,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import NormalizationCall, Number, Row
 from divergence_probe.observe.norms import norms, scalars, to_numpy
 from divergence_probe.observe.steps import measure, measured_at_once
-from divergence_probe.observe.velocity import carried_velocities
+from divergence_probe.observe.velocity import carried_velocities, has_another_direction
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     BATCH_NORM_DISTANCES,
@@ -48,7 +48,7 @@ def build_block(
     expanded = np.repeat(np.arange(len(rows)), [row.width for row in rows])
     return Block(
         layout=layout,
-        scalars=_scalar_columns(rows) | {"instability": unstable},
+        scalars=_scalar_columns(rows, parameters) | {"instability": unstable},
         parameters=parameters,
         batch_norm={name: values[expanded] for name, values in batch_norm.items()},
         dropout=dropout[expanded],
@@ -77,7 +77,7 @@ def _steps(rows: Sequence[Row], parameters: int) -> tuple[dict[str, Array], Arra
     return columns, unstable
 
 
-def _scalar_columns(rows: Sequence[Row]) -> dict[str, Array]:
+def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[str, Array]:
     losses = _per_task(rows, [row.loss for row in rows])
     rates = _per_task(rows, [row.learning_rate for row in rows])
     table = np.asarray(
@@ -99,7 +99,8 @@ def _scalar_columns(rows: Sequence[Row]) -> dict[str, Array]:
     arrays["carried_gradient"] = np.repeat(np.where(asked, 0.0, table[:, 9]), widths)
     taken = asked & np.asarray([bool(row.carried) for row in rows])
     arrays["query_gradient"] = np.repeat(np.where(taken, table[:, 9], np.nan), widths)
-    arrays["carried_velocity"] = np.repeat(carried_velocities(rows), widths)
+    turned = has_another_direction(parameters)[starts]
+    arrays["carried_velocity"] = np.repeat(carried_velocities(rows, turned), widths)
     return arrays
 
 

@@ -107,9 +107,9 @@ class Vectors:
     def _place(self, key: int, store: Tensor | None) -> int:
         position = self._positions.setdefault(key, self._rows)
         if position == self._rows:
-            whole = store is not None and len(store) % self._width == 0
-            self._stores.append(store if whole else None)
-            self._rows += len(store) // self._width if store is not None and whole else 1
+            sets, rest = divmod(store.numel(), self._width) if store is not None else (1, 1)
+            self._stores.append(None if rest else store)
+            self._rows += sets
         return position
 
     def stacked(self) -> Tensor | None:
@@ -119,7 +119,11 @@ class Vectors:
         except (TypeError, RuntimeError):
             return None
         alike = all(store is not None and store.dtype is matrix.dtype for store in self._stores)
-        if len(matrix) != self._rows * self._width or not matrix.is_floating_point() or not alike:
+        if (
+            matrix.numel() != self._rows * self._width
+            or not matrix.is_floating_point()
+            or not alike
+        ):
             return None
         matrix = matrix.view(self._rows, self._width)
         return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix

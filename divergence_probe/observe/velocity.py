@@ -12,7 +12,7 @@ from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, to_numpy, wide_dtype
 from divergence_probe.observe.snapshot import MOST_TOGETHER, elements_of
 from divergence_probe.observe.step_vectors import Vectors
-from divergence_probe.record.schema import Array
+from divergence_probe.record.schema import MISSING, Array, Flags
 
 # What rounding leaves of an update across its gradient is below this part of it.
 _WORTH = 1e-2
@@ -22,11 +22,36 @@ _ROUNDING = 1e-10
 _AT_ONCE = 16
 
 
-def carried_velocities(rows: Sequence[Row]) -> Array:
+def has_another_direction(parameters: dict[str, Array]) -> Flags:
+    """Whether steps went anywhere but along their gradients, from their measured numbers.
+
+    Args:
+        parameters: ``[S, P]`` columns of ``schema.PARAMETER_COLUMNS``.
+
+    Returns:
+        ``[S]``; True where the numbers do not tell.
+    """
+    updates, gradients = parameters["update_norm"], parameters["gradient_norm"]
+    with np.errstate(all="ignore"):
+        gg = gradients**2
+        uu = (updates**2).sum(-1)
+        ug = np.where(gg > 0, parameters["step_rate"] * gg, 0.0).sum(-1)
+        along = ug**2 / gg.sum(-1)
+        # Half of what is looked at below: these numbers are of single precision.
+        straight = uu - along < 0.5 * _WORTH**2 * uu
+    known = ((updates != MISSING) & (gradients != MISSING)).all(-1)
+    return np.asarray(~(straight & known))
+
+
+def carried_velocities(rows: Sequence[Row], asked_of: Flags | None = None) -> Array:
     """How far the part of a first update across its gradient points along the task before's last.
 
     Momentum adds a multiple of the velocity to the gradient, so what is left of the update after
     its gradient is projected out is parallel to what is left of the velocity.
+
+    Args:
+        rows: in order of time.
+        asked_of: ``[len(rows)]`` those of which it is worth finding out; all by default.
 
     Returns:
         ``[len(rows)]`` cosines; nan where there is nothing left worth looking at.
@@ -35,7 +60,9 @@ def carried_velocities(rows: Sequence[Row]) -> Array:
     asked = [
         i
         for i, row in enumerate(rows)
-        if row.preceding is not None and row.width == row.preceding.width == 1
+        if row.preceding is not None
+        and row.width == row.preceding.width == 1
+        and (asked_of is None or asked_of[i])
     ]
     for few in (asked[i : i + _AT_ONCE] for i in range(0, len(asked), _AT_ONCE)):
         result[few] = _cosines(_products([rows[i] for i in few]))

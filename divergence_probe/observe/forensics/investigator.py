@@ -115,6 +115,11 @@ class Investigator:
         value = self._value(loss) if loss is not None and loss.numel() == 1 else None
         return value is None or math.isfinite(value)
 
+    @property
+    def watches(self) -> bool:
+        """Whether its checking mode is on."""
+        return self._case.mode is not None
+
     def leave(self) -> None:
         """Leave the mode stack: a gradient call is about to be dispatched."""
         if self._case.mode is not None:
