@@ -39,36 +39,49 @@ class _EvalStatistics(Rule):
 
     def _findings(self, frame: Frame, untrained: bool) -> Iterator[Finding]:
         """One finding a task that evaluates (un)trained statistics far from the batch's."""
-        norm = frame.block.batch_norm
-        evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
-        evaluated &= norm["bn_untrained"] == float(untrained)
-        far = farness(norm, self.thresholds) > 1
+        evaluated = self._evaluated(frame, untrained)
+        if not evaluated.any():
+            return
+        far = farness(frame, self.thresholds) > 1
         # Later steps move the weights, so a first look at a layer judges it: in a query, too,
         # what was seen while adapting in train mode. (Untrained statistics are so at any time.)
         first_look = np.broadcast_to((frame.step == 0)[:, None], evaluated.shape)
         if untrained:
             first_look = first_look | frame.query[:, None]
         else:
-            first_look = first_look | self._far_in_train_mode(frame, far)
+            first_look = first_look | self._far_in_train_mode(frame)
         hit = evaluated & far & first_look
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
             # Untrained statistics are wrong in every layer that evaluates them, far or not.
             columns = np.flatnonzero(evaluated[row] if untrained else hit[row])
             yield self._describe(frame, row, columns, untrained)
 
-    def _far_in_train_mode(self, frame: Frame, far: Flags) -> Flags:
+    def _evaluated(self, frame: Frame, untrained: bool) -> Flags:
+        """``[S, B]`` layers that ran in eval mode, on statistics that are (un)trained."""
+        norm = frame.block.batch_norm
+        evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
+        return np.asarray(evaluated & (norm["bn_untrained"] == float(untrained)))
+
+    def _note_began(self, frame: Frame) -> None:
+        """Remember the layers of tasks that begin far off in train mode."""
+        norm = frame.block.batch_norm
+        began = (norm["bn_training"] == 1) & frame.begins[:, None]
+        if began.any():
+            began &= farness(frame, self.thresholds) > 1
+        for row in np.flatnonzero(began.any(1)):
+            self._began_far[frame.block.rank, int(frame.task[row])] = began[row]
+
+    def _forget_ended(self, frame: Frame) -> None:
+        for task in frame.block.ended if self._began_far else ():
+            self._began_far.pop((frame.block.rank, task), None)
+
+    def _far_in_train_mode(self, frame: Frame) -> Flags:
         """``[S, B]`` layers of queries that were far off before adapting, in train mode."""
-        result = np.zeros_like(far)
-        began = far & (frame.block.batch_norm["bn_training"] == 1)
-        rank = frame.block.rank
-        for row in np.flatnonzero(began.any(1) & frame.support & (frame.step == 0)):
-            self._began_far[rank, int(frame.task[row])] = began[row]
+        result = np.zeros(frame.block.batch_norm["bn_training"].shape, dtype=bool)
         for row in np.flatnonzero(frame.query) if self._began_far else ():
-            known = self._began_far.get((rank, int(frame.task[row])))
+            known = self._began_far.get((frame.block.rank, int(frame.task[row])))
             if known is not None:
                 result[row, : len(known)] = known
-        for event in frame.events("task-end"):
-            self._began_far.pop((rank, event.task), None)
         return result
 
     def _describe(
@@ -76,7 +89,7 @@ class _EvalStatistics(Rule):
     ) -> Finding:
         norm = frame.block.batch_norm
         layers = tuple(frame.normalization(int(c)) for c in columns)
-        worst = int(columns[np.nanargmax(farness(norm, self.thresholds)[row, columns])])
+        worst = int(columns[np.nanargmax(farness(frame, self.thresholds)[row, columns])])
         distance = float(norm["bn_mean_distance"][row, worst])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
         seen = float(norm["bn_batches"][row, columns[0]])
@@ -180,7 +193,9 @@ class EvalWithDistantStatistics(_EvalStatistics):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
         self._note_switch(frame)
+        self._note_began(frame)
         yield from self._findings(frame, untrained=False)
+        self._forget_ended(frame)
 
 
 class TinyBatch(Rule):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, Array, Flags
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
 
@@ -94,7 +94,7 @@ class NonFinite(Rule):
 
 
 def _bad(norms: Array) -> Flags:
-    return np.asarray(~np.isfinite(norms) & (norms != MISSING))
+    return np.asarray(~np.isfinite(norms))
 
 
 class NonFiniteMetaGradient(Rule):
