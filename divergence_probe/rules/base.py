@@ -143,6 +143,12 @@ class Frame:
         """Events of one kind in this block."""
         return self.block.events_of(kind)
 
+    @cached_property
+    def unfinished(self) -> Flags:
+        """``[S]`` rows of tasks that do not end in this block, and may have rows in the next."""
+        open_ = [task not in self.block.ended for task in self.by_task.tasks]
+        return np.asarray(open_, dtype=bool)[self.by_task.of_row]
+
     def of_tasks(self, chosen: Flags) -> Flags:
         """``[S]`` all rows of the tasks that have a row of ``chosen`` (``[S]``)."""
         return self.by_task.any(chosen)[self.by_task.of_row]

@@ -58,10 +58,10 @@ class RunningStatisticsLeak(Rule):
         shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
         if shared.size:
             self._note_weights(frame)
-        moving = frame.support & shared.any(1)
-        rows = np.flatnonzero(frame.begins | moving)
-        if not moving.any():
-            rows = rows[-1:]  # of tasks that move nothing only the latest one's start is kept
+        if shared.any():
+            rows = np.flatnonzero(frame.begins | (frame.support & shared.any(1)))
+        else:  # of tasks that move nothing only the latest one's start is kept
+            rows = np.flatnonzero(frame.begins)[-1:]
         for row in rows:
             task = int(frame.task[row])
             if frame.begins[row]:
@@ -84,7 +84,10 @@ class RunningStatisticsLeak(Rule):
         new = np.flatnonzero(np.diff(tasks, prepend=last))
         ends = np.concatenate([ended[None], after[rows]])[new]
         starts = frame.block.parameters["norm_before"][rows[new]]
-        carried = np.isclose(ends, starts, rtol=1e-6, atol=0, equal_nan=True).all(1)
+        with np.errstate(all="ignore"):
+            close = np.abs(ends - starts) <= 1e-6 * np.abs(starts)
+        close &= np.isfinite(starts)
+        carried = (close | (ends == starts) | (np.isnan(ends) & np.isnan(starts))).all(1)
         carried &= (new > 0) | (last >= 0)
         for task, goes_on in zip(tasks[new].tolist(), carried.tolist(), strict=True):
             self._carried[layout, int(task)] = goes_on
@@ -168,19 +171,18 @@ class TransductiveStatistics(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Remember transductive queries; an outer step makes them training."""
         norm = frame.block.batch_norm
-        tracked = norm["bn_shared"] >= 0
-        hit = (norm["bn_training"] >= 1) & tracked & frame.query[:, None]
-        steps = np.flatnonzero(frame.outer)
+        rows, steps = np.flatnonzero(frame.query), np.flatnonzero(frame.outer)
         if len(steps):
             self._waiting.clear()
-            hit[: steps[-1]] = False
-        for row in map(int, np.flatnonzero(hit.any(1))):
-            if int(frame.task[row]) not in self._waiting:
-                self._waiting[int(frame.task[row])] = self._describe(frame, row, hit)
+            rows = rows[rows > steps[-1]]
+        hit = (norm["bn_training"][rows] >= 1) & (norm["bn_shared"][rows] >= 0)
+        for row, layers in zip(rows.tolist(), hit, strict=True):
+            if layers.any() and int(frame.task[row]) not in self._waiting:
+                self._waiting[int(frame.task[row])] = self._describe(frame, row, layers)
         return iter(())
 
     def _describe(self, frame: Frame, row: int, hit: Flags) -> Finding:
-        columns = np.flatnonzero(hit[row])
+        columns = np.flatnonzero(hit)
         layers = tuple(frame.normalization(int(c)) for c in columns)
         shared = bool((frame.block.batch_norm["bn_shared"][row, columns] == 1).any())
         spoken = frame.called(layers[:1])

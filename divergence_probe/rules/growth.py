@@ -50,10 +50,10 @@ class NormExplosion(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step that passed the bound."""
         bounds = self.thresholds["norm-growth"], self.thresholds["norm-growth-any-loss"]
+        if not (frame.growth >= min(bounds)).any():
+            return
         growth = np.where(frame.support[:, None], frame.growth, np.nan)
         grown = np.asarray((growth >= min(bounds)).any(1))
-        if not grown.any():
-            return
         with np.errstate(invalid="ignore"):
             falling = _lowest_from_here(frame, grown) < frame.first_loss
             over = growth >= np.where(falling, bounds[1], bounds[0])[:, None]

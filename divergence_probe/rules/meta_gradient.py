@@ -292,6 +292,8 @@ class UnusedParameters(Rule):
         """One finding a task, at its first step."""
         absent = frame.block.parameters["gradient_norm"] == MISSING
         absent &= np.isfinite(known(frame, "norm_before"))
+        if not absent.any():
+            return
         hit = frame.support & absent.any(1) & ~absent.all(1)
         for row in frame.first_rows(hit):
             names = tuple(frame.parameter(int(c)) for c in np.flatnonzero(absent[row]))

@@ -11,6 +11,11 @@ from divergence_probe.rules.base import Frame, missing_to_nan, once_a_frame
 from divergence_probe.thresholds import Thresholds
 
 
+def known_sum(values: Array) -> Array:
+    """``[S]`` sums of what is not nan, as ``np.nansum`` without its precautions."""
+    return np.asarray(np.where(np.isnan(values), 0.0, values).sum(1))
+
+
 @once_a_frame
 def known(frame: Frame, column: str) -> Array:
     """``[S, P]`` a column of parameters; nan where there was nothing to measure."""
@@ -21,7 +26,7 @@ def known(frame: Frame, column: str) -> Array:
 def whole(frame: Frame, column: str) -> Array:
     """``[S]`` a column of norms, over all parameters."""
     with np.errstate(all="ignore"):
-        return np.asarray(np.sqrt(np.nansum(known(frame, column) ** 2, axis=1)))
+        return np.asarray(np.sqrt(known_sum(known(frame, column) ** 2)))
 
 
 @once_a_frame
@@ -29,7 +34,7 @@ def descent(frame: Frame) -> Array:
     """``[S]`` minus the first-order change of the loss that each row's step should make."""
     rates = frame.block.parameters["step_rate"]
     with np.errstate(all="ignore"):
-        return np.asarray(np.nansum(rates * known(frame, "gradient_norm") ** 2, axis=1))
+        return known_sum(rates * known(frame, "gradient_norm") ** 2)
 
 
 @once_a_frame
@@ -37,7 +42,7 @@ def collinearity(frame: Frame) -> Array:
     """``[S]`` |cosine| between update and gradient, over all parameters."""
     rates = frame.block.parameters["step_rate"]
     with np.errstate(all="ignore"):
-        product = np.nansum(np.abs(rates) * known(frame, "gradient_norm") ** 2, axis=1)
+        product = known_sum(np.abs(rates) * known(frame, "gradient_norm") ** 2)
         return np.asarray(product / (whole(frame, "gradient_norm") * whole(frame, "update_norm")))
 
 

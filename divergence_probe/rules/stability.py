@@ -92,7 +92,7 @@ class StepBeyondStability(Rule):
         """One finding a task, as soon as the course is clear."""
         unbounded = self._unbounded_since(frame)
         told = frame.of_tasks(self._may_overshoot(frame))
-        self._pass_over(frame, ~told)
+        self._pass_over(frame, frame.seen & frame.unfinished & ~told)
         gradients, descents = whole(frame, "gradient_norm"), descent(frame)
         for row in np.flatnonzero(frame.seen & told).tolist():
             key = (frame.block.rank, int(frame.task[row]))
@@ -135,15 +135,15 @@ class StepBeyondStability(Rule):
         return np.asarray(frame.seen & long & ((before < 0) | (losses > losses[before])))
 
     def _pass_over(self, frame: Frame, chosen: Flags) -> None:
-        """Note how tasks go on that do not overshoot, unless they have ended."""
+        """Note how tasks go on that do not overshoot in their ``chosen`` (``[S]``) rows."""
+        if not chosen.any():
+            return
         gradients, descents = whole(frame, "gradient_norm"), descent(frame)
         losses = frame.block.scalars["loss"]
         lowest = np.where(frame.seen & np.isfinite(losses), losses, np.inf)
-        last = frame.by_task.last(frame.seen & chosen).tolist()
-        for position, index in enumerate(frame.by_task.tasks):
-            row = last[position]
-            if row < 0 or index in frame.block.ended:
-                continue
+        last = frame.by_task.last(chosen)
+        for position in np.flatnonzero(last >= 0).tolist():
+            row, index = int(last[position]), frame.by_task.tasks[position]
             course = self._courses.setdefault((frame.block.rank, index), _Course())
             course.overshoots, course.by_value = 0, False
             course.loss, course.gradient = float(losses[row]), float(gradients[row])
