@@ -24,6 +24,8 @@ from divergence_probe.record.schema import (
     Event,
 )
 
+# Arrow writes each column's pieces by themselves; together they are one call of the system.
+_BUFFER = 2**18
 _JSON = json.JSONEncoder(default=str)
 _WHOLE = ("task", "step", "phase", "layout", "site", "flags", "loss_seen")
 
@@ -100,7 +102,8 @@ class Writer:
 
     def _open(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = [open(folder / f"{name}.arrow", "wb") for name in ("steps", "events")]  # noqa: SIM115
+        names = [folder / f"{name}.arrow" for name in ("steps", "events")]
+        self._files = [open(name, "wb", buffering=_BUFFER) for name in names]  # noqa: SIM115
         self._steps = pa.ipc.new_stream(self._files[0], steps_schema())
         self._events = pa.ipc.new_stream(self._files[1], events_schema())
         self.describe(())
