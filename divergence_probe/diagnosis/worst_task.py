@@ -55,7 +55,7 @@ class WorstTask:
     def _follow(self, key: tuple[int, int], block: Block, rows: Numbers) -> list[Array]:
         """Add a task's inner steps to its norms."""
         after = block.parameters["norm_after"][rows]
-        norms = self._current.setdefault(key, [block.parameters["norm_before"][rows[0]]])
+        norms = self._current.setdefault(key, [block.parameters["norm_before"][rows[0]].copy()])
         if len(norms) <= _STEPS_SHOWN:
             norms.extend(after)
         else:

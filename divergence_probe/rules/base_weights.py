@@ -155,7 +155,9 @@ class BaseMutated(Rule):
             # between its tasks all the same.
             self._latest = {k: v for k, v in self._latest.items() if k[0] != layout[0]}
         if places.task[-1] >= 0:
-            self._latest[layout] = (int(places.task[-1]), places.start[-1], places.ended[-1])
+            # copies: a row of a block's array would keep all of it
+            start, ended = places.start[-1].copy(), places.ended[-1].copy()
+            self._latest[layout] = (int(places.task[-1]), start, ended)
 
     def _stepped_from(
         self, frame: Frame, row: int, moved: Flags, ended: Array
@@ -178,12 +180,8 @@ class BaseMutated(Rule):
 
     def _begun(self, frame: Frame, row: int, places: _Places, number: int) -> Finding:
         """A task that begins elsewhere than the one before."""
-        start, earlier, ended = (
-            places.start[number + 1],
-            places.start[number],
-            places.ended[number],
-        )
-        measured = places.measured()[number]
+        start, earlier = places.start[number + 1], places.start[number]
+        ended, measured = places.ended[number], places.measured()[number]
         moved = measured & ~_alike(start, earlier)
         kept = measured & _alike(start, ended)
         adapted = measured & ~_alike(ended, earlier)

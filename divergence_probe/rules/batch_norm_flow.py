@@ -66,7 +66,7 @@ class RunningStatisticsLeak(Rule):
             task = int(frame.task[row])
             if frame.begins[row]:
                 layout = (frame.block.rank, frame.block.layout.index)
-                self._starts[layout] = (task, norm["bn_running_mean_before"][row])
+                self._starts[layout] = (task, norm["bn_running_mean_before"][row].copy())
             for column in np.flatnonzero(shared[row]):
                 yield from self._layer(frame, int(row), int(column), task)
 
@@ -91,7 +91,7 @@ class RunningStatisticsLeak(Rule):
         carried &= (new > 0) | (last >= 0)
         for task, goes_on in zip(tasks[new].tolist(), carried.tolist(), strict=True):
             self._carried[layout, int(task)] = goes_on
-        self._weights[layout] = (int(tasks[-1]), after[rows[-1]])
+        self._weights[layout] = (int(tasks[-1]), after[rows[-1]].copy())
 
     def _start(self, frame: Frame, row: int, column: int, task: int) -> float:
         """A layer's running mean before the task's first forward.

@@ -78,6 +78,7 @@ class ModesDiffer(Rule):
         self._queries_trained |= bool(taken.any())
 
     def _judged(self, frame: Frame, found: _Found, taken: Flags) -> Iterator[Finding]:
+        """What was found, in order of time, and what waited for the outer steps in between."""
         for row in map(int, np.flatnonzero(frame.query | frame.outer)):
             if frame.outer[row]:
                 yield from self._settled(used=not self._queries_trained)
