@@ -96,9 +96,12 @@ _Layers = dict[int, _Layer]
 def _modes(block: Block, called: Flags, layers: _Layers) -> None:
     for number, phase in enumerate(PHASES):
         rows = np.flatnonzero(block.scalars["phase"] == number)
-        ran, modes = called[rows], block.batch_norm["bn_training"][rows]
-        lowest = np.where(ran, modes, np.inf).min(0, initial=np.inf)
-        highest = np.where(ran, modes, -np.inf).max(0, initial=-np.inf)
+        ran = called[rows]
+        if not ran.any():
+            continue
+        modes = block.batch_norm["bn_training"][rows]
+        lowest = np.where(ran, modes, np.inf).min(0)
+        highest = np.where(ran, modes, -np.inf).max(0)
         for column in np.flatnonzero(ran.any(0)).tolist():
             if lowest[column] == highest[column]:
                 layers[column].runs(phase, [float(lowest[column])])
