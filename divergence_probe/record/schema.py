@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from divergence_probe.record.task_rows import TaskRows
 
 SCHEMA_VERSION = 1
 
@@ -208,6 +211,27 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.scalars["task"])
+
+    @cached_property
+    def by_task(self) -> TaskRows:
+        """The rows by task."""
+        return TaskRows(self.scalars["task"])
+
+    def events_of(self, kind: str) -> Sequence[Event]:
+        """Events of one kind, in order."""
+        return self._events_by_kind.get(kind, ())
+
+    @cached_property
+    def _events_by_kind(self) -> dict[str, list[Event]]:
+        kinds: dict[str, list[Event]] = {}
+        for event in self.events:
+            kinds.setdefault(event.kind, []).append(event)
+        return kinds
+
+    @cached_property
+    def ended(self) -> set[int]:
+        """Tasks of ``task-end`` events; one of several tasks in one (``vmap``) names the first."""
+        return {event.task for event in self.events_of("task-end")}
 
     def site(self, row: int) -> str | None:
         """The user's line of a row, or None."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from functools import cached_property, wraps
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from divergence_probe.record.schema import (
+    FLAGS,
     MISSING,
     OUTER,
     QUERY,
@@ -20,8 +22,11 @@ from divergence_probe.record.schema import (
     Event,
     Flags,
 )
+from divergence_probe.record.task_rows import TaskRows
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
+
+_Quantity = TypeVar("_Quantity", bound=Callable[..., Array])
 
 SECTIONS = ("What it does", "Why it is bad", "Example", "Use instead", "References")
 
@@ -37,10 +42,7 @@ class TaskFacts:
         start_norms: ``[P]`` norms before its first step, or None before one was seen.
         references: ``[P]`` the norms growth is measured against.
         first_loss: its first support loss; nan unknown.
-        last_loss: its latest support loss; nan unknown.
         modes: effective modes seen by (phase, layer).
-        outer_step_after: whether an outer step has followed.
-        ended: whether it has ended.
     """
 
     index: int
@@ -49,9 +51,23 @@ class TaskFacts:
     start_norms: Array | None = None
     references: Array | None = None
     first_loss: float = float("nan")
-    last_loss: float = float("nan")
     modes: dict[tuple[int, str], float] = field(default_factory=dict)
-    ended: bool = False
+
+
+def once_a_frame(quantity: _Quantity) -> _Quantity:
+    """A function of a frame that is computed once, for all rules; none may write to its result.
+
+    What else it takes must be hashable.
+    """
+
+    @wraps(quantity)
+    def known(frame: Frame, *arguments: Hashable) -> Array:
+        key = (quantity, *arguments)
+        if key not in frame.shared:
+            frame.shared[key] = quantity(frame, *arguments)
+        return frame.shared[key]
+
+    return cast(_Quantity, known)
 
 
 @dataclass
@@ -65,6 +81,7 @@ class Frame:
         growth: ``[S, P]`` norm after / norm at the task's start, small parameters measured against
             a fraction of the model's norm; nan where unknown.
         first_loss: ``[S]`` first support loss of the row's task.
+        shared: what :func:`once_a_frame` has computed of it.
     """
 
     block: Block
@@ -72,6 +89,12 @@ class Frame:
     start_norm: Array
     growth: Array
     first_loss: Array
+    shared: dict[Hashable, Array] = field(default_factory=dict, repr=False)
+
+    @property
+    def by_task(self) -> TaskRows:
+        """The rows by task."""
+        return self.block.by_task
 
     @property
     def task(self) -> Array:
@@ -98,9 +121,37 @@ class Frame:
         """``[S]`` whether the row is an outer step."""
         return np.asarray(self.block.scalars["phase"] == OUTER)
 
-    def events(self, kind: str) -> Iterator[Event]:
+    @cached_property
+    def seen(self) -> Flags:
+        """``[S]`` whether the row is an inner step whose loss was seen."""
+        return np.asarray(self.support & (self.block.scalars["loss_seen"] > 0))
+
+    @cached_property
+    def begins(self) -> Flags:
+        """``[S]`` whether the row is a task's first inner step."""
+        return np.asarray(self.support & (self.step == 0))
+
+    def flagged(self, *names: str) -> Flags:
+        """``[S]`` whether a row has any of these :data:`FLAGS`."""
+        return np.asarray((self._flags & sum(FLAGS[name] for name in names)) > 0)
+
+    @cached_property
+    def _flags(self) -> npt.NDArray[np.int_]:
+        return self.block.scalars["flags"].astype(int)
+
+    def events(self, kind: str) -> Sequence[Event]:
         """Events of one kind in this block."""
-        return (event for event in self.block.events if event.kind == kind)
+        return self.block.events_of(kind)
+
+    @cached_property
+    def unfinished(self) -> Flags:
+        """``[S]`` rows of tasks that do not end in this block, and may have rows in the next."""
+        open_ = [task not in self.block.ended for task in self.by_task.tasks]
+        return np.asarray(open_, dtype=bool)[self.by_task.of_row]
+
+    def of_tasks(self, chosen: Flags) -> Flags:
+        """``[S]`` all rows of the tasks that have a row of ``chosen`` (``[S]``)."""
+        return self.by_task.any(chosen)[self.by_task.of_row]
 
     def first_rows(self, hit: Flags) -> Iterator[int]:
         """For every task with a hit row, the first such row.
@@ -108,10 +159,9 @@ class Frame:
         Args:
             hit: ``[S]`` booleans.
         """
-        rows = np.flatnonzero(hit)
-        if len(rows):
-            _, first = np.unique(self.task[rows], return_index=True)
-            yield from (int(row) for row in rows[np.sort(first)])
+        if hit.any():
+            first = self.by_task.first(hit)
+            yield from np.sort(first[first >= 0]).tolist()
 
     def parameter(self, column: int) -> str:
         """Name of a parameter."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from divergence_probe.record.schema import Flags
 from divergence_probe.rules.base import Frame, Rule
@@ -26,57 +26,34 @@ class _EvalStatistics(Rule):
     """What the two rules on evaluated running statistics share."""
 
     _switched: str | None = None
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        super().__init__(thresholds)
-        # layers of a task that were far off when it began, though it began in train mode
-        self._began_far: dict[tuple[int, int], Flags] = {}
+    _untrained: ClassVar[bool]
 
     def _note_switch(self, frame: Frame) -> None:
         """Remember where eval mode was last switched on for a whole model."""
         for event in frame.events("mode"):
             self._switched = event.site if event.data.get("mode") == "eval" else None
 
-    def _findings(self, frame: Frame, untrained: bool) -> Iterator[Finding]:
-        """One finding a task that evaluates (un)trained statistics far from the batch's."""
+    def _evaluated(self, frame: Frame) -> Flags:
+        """``[S, B]`` layers that ran in eval mode, on statistics that are (un)trained."""
         norm = frame.block.batch_norm
         evaluated = (norm["bn_training"] == 0) | (norm["bn_training"] == 2)
-        evaluated &= norm["bn_untrained"] == float(untrained)
-        far = farness(norm, self.thresholds) > 1
-        # Later steps move the weights, so a first look at a layer judges it: in a query, too,
-        # what was seen while adapting in train mode. (Untrained statistics are so at any time.)
-        first_look = np.broadcast_to((frame.step == 0)[:, None], evaluated.shape)
-        if untrained:
-            first_look = first_look | frame.query[:, None]
-        else:
-            first_look = first_look | self._far_in_train_mode(frame, far)
-        hit = evaluated & far & first_look
+        return np.asarray(evaluated & (norm["bn_untrained"] == float(self._untrained)))
+
+    def _findings(self, frame: Frame, evaluated: Flags, first_look: Flags) -> Iterator[Finding]:
+        """One finding a task that evaluates statistics far from the batch's.
+
+        Later steps move the weights, so a first look (``[S, B]``) at a layer judges it.
+        """
+        hit = evaluated & first_look & (farness(frame, self.thresholds) > 1)
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
-            # Untrained statistics are wrong in every layer that evaluates them, far or not.
-            columns = np.flatnonzero(evaluated[row] if untrained else hit[row])
-            yield self._describe(frame, row, columns, untrained)
+            yield self._describe(frame, row, evaluated[row], hit[row])
 
-    def _far_in_train_mode(self, frame: Frame, far: Flags) -> Flags:
-        """``[S, B]`` layers of queries that were far off before adapting, in train mode."""
-        result = np.zeros_like(far)
-        began = far & (frame.block.batch_norm["bn_training"] == 1)
-        rank = frame.block.rank
-        for row in np.flatnonzero(began.any(1) & frame.support & (frame.step == 0)):
-            self._began_far[rank, int(frame.task[row])] = began[row]
-        for row in np.flatnonzero(frame.query) if self._began_far else ():
-            known = self._began_far.get((rank, int(frame.task[row])))
-            if known is not None:
-                result[row, : len(known)] = known
-        for event in frame.events("task-end"):
-            self._began_far.pop((rank, event.task), None)
-        return result
-
-    def _describe(
-        self, frame: Frame, row: int, columns: npt.NDArray[np.int_], untrained: bool
-    ) -> Finding:
-        norm = frame.block.batch_norm
+    def _describe(self, frame: Frame, row: int, evaluated: Flags, hit: Flags) -> Finding:
+        norm, untrained = frame.block.batch_norm, self._untrained
+        # Untrained statistics are wrong in every layer that evaluates them, far or not.
+        columns = np.flatnonzero(evaluated if untrained else hit)
         layers = tuple(frame.normalization(int(c)) for c in columns)
-        worst = int(columns[np.nanargmax(farness(norm, self.thresholds)[row, columns])])
+        worst = int(columns[np.nanargmax(farness(frame, self.thresholds)[row, columns])])
         distance = float(norm["bn_mean_distance"][row, worst])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
         seen = float(norm["bn_batches"][row, columns[0]])
@@ -132,6 +109,7 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
     section 3 on BatchNorm statistics.
     """
 
+    _untrained = True
     code = "BN001"
     name = "eval-with-untrained-running-stats"
     severity = Severity.ERROR
@@ -140,7 +118,11 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
         self._note_switch(frame)
-        yield from self._findings(frame, untrained=True)
+        evaluated = self._evaluated(frame)
+        if evaluated.any():
+            # such statistics are wrong at any time
+            first_look = (frame.step == 0) | frame.query
+            yield from self._findings(frame, evaluated, first_look[:, None])
 
 
 class EvalWithDistantStatistics(_EvalStatistics):
@@ -172,15 +154,49 @@ class EvalWithDistantStatistics(_EvalStatistics):
     by covariate shift adaptation, 2020.
     """
 
+    _untrained = False
     code = "BN002"
     name = "eval-with-distant-running-stats"
     severity = Severity.WARNING
     cause = "stale-running-stats"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        # layers of a task that were far off when it began, though it began in train mode
+        self._began_far: dict[tuple[int, int], Flags] = {}
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task."""
         self._note_switch(frame)
-        yield from self._findings(frame, untrained=False)
+        evaluated = self._evaluated(frame)
+        self._note_began(frame, every=bool(evaluated.any()))
+        if evaluated.any():
+            # in a query, too, what was seen while adapting in train mode
+            first_look = (frame.step == 0)[:, None] | self._far_in_train_mode(frame)
+            yield from self._findings(frame, evaluated, first_look)
+        for task in frame.block.ended if self._began_far else ():
+            self._began_far.pop((frame.block.rank, task), None)
+
+    def _note_began(self, frame: Frame, every: bool) -> None:
+        """Remember the layers of tasks that begin far off in train mode.
+
+        Where nothing is evaluated in this block, only those of tasks that go on are needed.
+        """
+        rows = np.flatnonzero(frame.begins if every else frame.begins & frame.unfinished)
+        began = frame.block.batch_norm["bn_training"][rows] == 1
+        if began.any():
+            began &= farness(frame, self.thresholds)[rows] > 1
+        for row, layers in zip(rows[began.any(1)].tolist(), began[began.any(1)], strict=True):
+            self._began_far[frame.block.rank, int(frame.task[row])] = layers
+
+    def _far_in_train_mode(self, frame: Frame) -> Flags:
+        """``[S, B]`` layers of queries that were far off before adapting, in train mode."""
+        result = np.zeros(frame.block.batch_norm["bn_training"].shape, dtype=bool)
+        for row in np.flatnonzero(frame.query) if self._began_far else ():
+            known = self._began_far.get((frame.block.rank, int(frame.task[row])))
+            if known is not None:
+                result[row, : len(known)] = known
+        return result
 
 
 class TinyBatch(Rule):
@@ -218,6 +234,8 @@ class TinyBatch(Rule):
         values = norm["bn_values"]
         hit = (norm["bn_training"] >= 1) & (values > 0)
         hit &= values < self.thresholds["values-per-channel"]
+        if not hit.any():
+            return
         for row in frame.first_rows(hit.any(1) & ~frame.outer):
             columns = np.flatnonzero(hit[row])
             layers = tuple(frame.normalization(int(c)) for c in columns)

@@ -49,7 +49,7 @@ class RunningStatisticsLeak(Rule):
         self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
         # the task that began last, and each layer's running mean before its first forward
         self._starts: dict[object, tuple[int, Array]] = {}
-        self._weights: dict[object, tuple[int, Array, Array]] = {}
+        self._weights: dict[object, tuple[int, Array]] = {}
         self._carried: dict[tuple[object, int], bool] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
@@ -58,31 +58,40 @@ class RunningStatisticsLeak(Rule):
         shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
         if shared.size:
             self._note_weights(frame)
-        first = frame.support & (frame.step == 0)
-        for row in np.flatnonzero((first | shared.any(1)) & frame.support):
+        if shared.any():
+            rows = np.flatnonzero(frame.begins | (frame.support & shared.any(1)))
+        else:  # of tasks that move nothing only the latest one's start is kept
+            rows = np.flatnonzero(frame.begins)[-1:]
+        for row in rows:
             task = int(frame.task[row])
-            if first[row]:
+            if frame.begins[row]:
                 layout = (frame.block.rank, frame.block.layout.index)
-                self._starts[layout] = (task, norm["bn_running_mean_before"][row])
+                self._starts[layout] = (task, norm["bn_running_mean_before"][row].copy())
             for column in np.flatnonzero(shared[row]):
                 yield from self._layer(frame, int(row), int(column), task)
 
     def _note_weights(self, frame: Frame) -> None:
         """Whether each task's weights go on from the task before (then its statistics may too)."""
         layout = (frame.block.rank, frame.block.layout.index)
-        before = frame.block.parameters["norm_before"]
         after = frame.block.parameters["norm_after"]
-        for row in np.flatnonzero(frame.support):
-            task = int(frame.task[row])
-            known = self._weights.get(layout)
-            if known is None or known[0] != task:
-                carried = known is not None and bool(
-                    np.allclose(known[2], before[row], rtol=1e-6, atol=0, equal_nan=True)
-                )
-                self._carried[layout, task] = carried
-                self._weights[layout] = (task, before[row], after[row])
-            else:
-                self._weights[layout] = (task, known[1], after[row])
+        rows = np.flatnonzero(frame.support)
+        if not len(rows):
+            return
+        # the task of the row before, and how its weights came out
+        nobody = (-1, np.full(after.shape[1], np.nan))
+        last, ended = self._weights.get(layout, nobody)
+        tasks = frame.task[rows]
+        new = np.flatnonzero(np.diff(tasks, prepend=last))
+        ends = np.concatenate([ended[None], after[rows]])[new]
+        starts = frame.block.parameters["norm_before"][rows[new]]
+        with np.errstate(all="ignore"):
+            close = np.abs(ends - starts) <= 1e-6 * np.abs(starts)
+        close &= np.isfinite(starts)
+        carried = (close | (ends == starts) | (np.isnan(ends) & np.isnan(starts))).all(1)
+        carried &= (new > 0) | (last >= 0)
+        for task, goes_on in zip(tasks[new].tolist(), carried.tolist(), strict=True):
+            self._carried[layout, int(task)] = goes_on
+        self._weights[layout] = (int(tasks[-1]), after[rows[-1]].copy())
 
     def _start(self, frame: Frame, row: int, column: int, task: int) -> float:
         """A layer's running mean before the task's first forward.
@@ -162,17 +171,18 @@ class TransductiveStatistics(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Remember transductive queries; an outer step makes them training."""
         norm = frame.block.batch_norm
-        tracked = norm["bn_shared"] >= 0
-        hit = (norm["bn_training"] >= 1) & tracked & frame.query[:, None]
-        for row in map(int, np.flatnonzero(hit.any(1) | frame.outer)):
-            if frame.outer[row]:
-                self._waiting.clear()
-            elif int(frame.task[row]) not in self._waiting:
-                self._waiting[int(frame.task[row])] = self._describe(frame, row, hit)
+        rows, steps = np.flatnonzero(frame.query), np.flatnonzero(frame.outer)
+        if len(steps):
+            self._waiting.clear()
+            rows = rows[rows > steps[-1]]
+        hit = (norm["bn_training"][rows] >= 1) & (norm["bn_shared"][rows] >= 0)
+        for row, layers in zip(rows.tolist(), hit, strict=True):
+            if layers.any() and int(frame.task[row]) not in self._waiting:
+                self._waiting[int(frame.task[row])] = self._describe(frame, row, layers)
         return iter(())
 
     def _describe(self, frame: Frame, row: int, hit: Flags) -> Finding:
-        columns = np.flatnonzero(hit[row])
+        columns = np.flatnonzero(hit)
         layers = tuple(frame.normalization(int(c)) for c in columns)
         shared = bool((frame.block.batch_norm["bn_shared"][row, columns] == 1).any())
         spoken = frame.called(layers[:1])
@@ -296,7 +306,7 @@ class ModeNotPropagated(Rule):
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
             (frame.block.layout.dropouts, frame.block.dropout),
         )
-        for row in range(len(frame.block)):
+        for row in np.flatnonzero(self._of_switched(frame)).tolist():
             switched = self._switched.get(int(frame.task[row]))
             if switched is None or seconds[row] < switched[1]:
                 continue
@@ -307,6 +317,12 @@ class ModeNotPropagated(Rule):
                     yield self._describe(frame, row, layers, *switched)
                     self._switched.pop(int(frame.task[row]), None)
                     break
+
+    def _of_switched(self, frame: Frame) -> Flags:
+        """``[S]`` rows of tasks in which a mode was switched."""
+        tasks = frame.by_task.tasks if self._switched else ()
+        switched = np.asarray([task in self._switched for task in tasks], dtype=bool)
+        return switched[frame.by_task.of_row] if switched.any() else np.zeros(0, bool)
 
     def _describe(
         self,

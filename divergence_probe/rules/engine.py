@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -97,82 +98,92 @@ class Engine:
 
     def _frame(self, block: Block) -> Frame:
         rank = block.rank
-        for event in block.events:
-            if event.kind == "task-start":
-                for offset in range(int(event.data.get("width", 1))):
-                    index = event.task + offset
-                    self._tasks[rank, index] = TaskFacts(index, event.data, event.site)
-        indices = {int(task) for task in np.unique(block.scalars["task"])}
-        facts = {
-            index: self._tasks.setdefault((rank, index), TaskFacts(index))
-            for index in indices
-            if index >= 0
-        }
-        start, growth = self._histories(block, facts)
-        return Frame(
-            block,
-            facts,
-            start,
-            growth,
-            np.asarray([_first_loss(facts, task) for task in block.scalars["task"]]),
-        )
+        for event in block.events_of("task-start"):
+            for index in range(event.task, event.task + int(event.data.get("width", 1))):
+                self._tasks[rank, index] = TaskFacts(index, event.data, event.site)
+        facts = {index: self._facts(rank, index) for index in block.by_task.tasks if index >= 0}
+        start, growth, first_loss = self._histories(block, facts)
+        return Frame(block, facts, start, growth, first_loss)
 
-    def _histories(self, block: Block, facts: dict[int, TaskFacts]) -> tuple[Array, Array]:
-        """Fill in start norms and losses; ``[S, P]`` start norms and growth by row."""
-        before = missing_to_nan(block.parameters["norm_before"])
-        after = missing_to_nan(block.parameters["norm_after"])
-        start = np.full_like(before, np.nan)
-        growth = np.full_like(before, np.nan)
-        tasks, losses = block.scalars["task"], block.scalars["loss"]
+    def _facts(self, rank: int, index: int) -> TaskFacts:
+        facts = self._tasks.get((rank, index))
+        if facts is None:
+            facts = self._tasks[rank, index] = TaskFacts(index)
+        return facts
+
+    def _histories(self, block: Block, facts: dict[int, TaskFacts]) -> tuple[Array, Array, Array]:
+        """``[S, P]`` start norms and growth and ``[S]`` first loss, each of the row's task."""
+        self._begin(block, facts)
+        by_task, after = block.by_task, missing_to_nan(block.parameters["norm_after"])
+        known = [facts.get(index) or TaskFacts(index) for index in by_task.tasks]
+        start = _table([task.start_norms for task in known], after.shape[1])
+        references = _table([task.references for task in known], after.shape[1])
+        first_loss = np.asarray([task.first_loss for task in known])
+        with np.errstate(all="ignore"):
+            growth = after / references[by_task.of_row]
+        return start[by_task.of_row], growth, first_loss[by_task.of_row]
+
+    def _begin(self, block: Block, facts: dict[int, TaskFacts]) -> None:
+        """Note where tasks begin whose first step, or first loss, is in this block."""
         support = block.scalars["phase"] == SUPPORT
-        seen = block.scalars["loss_seen"] > 0
-        for index, task in facts.items():
-            rows = tasks == index
-            steps = np.flatnonzero(rows & support)
-            if len(steps):
-                if task.start_norms is None:
-                    task.start_norms = before[steps[0]]
-                    task.references = self._references(before[steps[0]], after[steps[0]])
-                with_loss = steps[seen[steps]]
-                if len(with_loss):
-                    if np.isnan(task.first_loss):
-                        task.first_loss = float(losses[with_loss[0]])
-                    task.last_loss = float(losses[with_loss[-1]])
-            if task.start_norms is not None and len(task.start_norms) == start.shape[1]:
-                start[rows] = task.start_norms
-                with np.errstate(all="ignore"):
-                    growth[rows] = after[rows] / task.references
-        return start, growth
+        first = block.by_task.first(support)
+        first_seen = block.by_task.first(support & (block.scalars["loss_seen"] > 0))
+        # (the values of tasks without such a row are another row's, and not used)
+        start = missing_to_nan(block.parameters["norm_before"][first])
+        references = self._references(start, missing_to_nan(block.parameters["norm_after"][first]))
+        losses = block.scalars["loss"][first_seen].tolist()
+        rows = zip(first.tolist(), first_seen.tolist(), strict=True)
+        for position, (step, seen) in enumerate(rows):
+            task = facts.get(block.by_task.tasks[position])
+            if task is None:
+                continue
+            if task.start_norms is None and step >= 0:
+                task.start_norms, task.references = start[position], references[position]
+            if math.isnan(task.first_loss) and seen >= 0:
+                task.first_loss = losses[position]
 
     def _references(self, start: Array, first: Array) -> Array:
-        """``[P]`` the norms growth is measured against.
+        """``[T, P]`` the norms growth is measured against.
 
         A parameter's own norm when the task began; for those smaller than most (zero-initialised
         heads, biases) the median of all, a fraction of the whole model's norm, or what the first
         step made of them, whichever is the largest.
         """
         first = np.where(np.isfinite(first), first, 0.0)
-        whole = np.sqrt(np.nansum(start**2)) or np.sqrt(np.sum(first**2))
-        known = start[np.isfinite(start)]
-        median = float(np.median(known)) if len(known) else 0.0
-        floor = max(self.thresholds["small-parameter"] * whole, median)
+        with np.errstate(over="ignore"):
+            whole = np.sqrt(np.nansum(start**2, axis=1))
+            whole = np.where(whole == 0, np.sqrt(np.sum(first**2, axis=1)), whole)
+            median = _medians(start)
+        floor = np.maximum(self.thresholds["small-parameter"] * whole, median)[:, None]
         own = np.fmax(start, np.fmax(floor, first))
-        return np.fmax(np.where(start >= max(floor, 1e-12), start, own), 1e-12)
+        return np.fmax(np.where(start >= np.maximum(floor, 1e-12), start, own), 1e-12)
 
     def _forget(self, block: Block) -> None:
         """Tasks that ended are not needed any more; a recording may hold a million."""
-        for event in block.events:
-            if event.kind == "task-end":
-                width = int(
-                    self._tasks.get((block.rank, event.task), TaskFacts(0)).data.get("width", 1)
-                )
-                for offset in range(width):
-                    self._tasks.pop((block.rank, event.task + offset), None)
+        for event in block.events_of("task-end"):
+            task = self._tasks.pop((block.rank, event.task), None)
+            width = int(task.data.get("width", 1)) if task is not None else 1
+            for other in range(event.task + 1, event.task + width):
+                self._tasks.pop((block.rank, other), None)
 
 
-def _first_loss(facts: dict[int, TaskFacts], task: float) -> float:
-    known = facts.get(int(task))
-    return known.first_loss if known is not None else float("nan")
+def _table(rows: list[Array | None], width: int) -> Array:
+    """``[T, P]`` of rows; nan where there is none, or one of another model."""
+    nothing = np.full(width, np.nan)
+    fitting = [nothing if row is None or len(row) != width else row for row in rows]
+    return np.asarray(fitting).reshape(len(rows), width)
+
+
+def _medians(values: Array) -> Array:
+    """``[T]`` the median of each row's finite values; 0 where it has none."""
+    if not values.size:
+        return np.zeros(len(values))
+    finite = np.isfinite(values)
+    count = finite.sum(1)
+    ordered = np.sort(np.where(finite, values, np.inf), axis=1)
+    row = np.arange(len(values))
+    upper, lower = ordered[row, count // 2], ordered[row, (count - 1) // 2]
+    return np.where(count == 0, 0.0, np.where(count % 2, lower, (lower + upper) / 2))
 
 
 def _late(index: int | None) -> float:

@@ -408,7 +408,8 @@ class BelowOneUlp(Rule):
         hit = frame.support & present.any(1) & (share > 0.5)
         # Close to a minimum updates are small by right: a task that has moved is left alone.
         rank = block.rank
-        self._moving |= {(rank, int(t)) for t in np.unique(frame.task[frame.support & ~hit])}
+        moving = np.flatnonzero(frame.by_task.any(frame.support & ~hit)).tolist()
+        self._moving |= {(rank, frame.by_task.tasks[position]) for position in moving}
         for row in frame.first_rows(hit):
             if (rank, int(frame.task[row])) in self._moving:
                 continue
@@ -431,7 +432,7 @@ class BelowOneUlp(Rule):
                 },
                 fix="net = net.float()   # keep weights in float32, autocast the forward",
             )
-        self._moving -= {(rank, event.task) for event in frame.events("task-end")}
+        self._moving -= {(rank, task) for task in block.ended}
 
     def _rounded(self, frame: Frame, present: Flags, spacing: Array) -> Flags:
         """``[S, P]`` updates that went less than half as far as the step's rate says.

@@ -49,14 +49,14 @@ class NormExplosion(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step that passed the bound."""
+        bounds = self.thresholds["norm-growth"], self.thresholds["norm-growth-any-loss"]
+        if not (frame.growth >= min(bounds)).any():
+            return
         growth = np.where(frame.support[:, None], frame.growth, np.nan)
+        grown = np.asarray((growth >= min(bounds)).any(1))
         with np.errstate(invalid="ignore"):
-            bound = np.where(
-                _lowest_from_here(frame) < frame.first_loss,
-                self.thresholds["norm-growth-any-loss"],
-                self.thresholds["norm-growth"],
-            )
-            over = growth >= bound[:, None]
+            falling = _lowest_from_here(frame, grown) < frame.first_loss
+            over = growth >= np.where(falling, bounds[1], bounds[0])[:, None]
         for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
 
@@ -67,8 +67,8 @@ class NormExplosion(Rule):
         over: Flags,
         growth: Array,
     ) -> Finding:
-        rows = np.flatnonzero((frame.task == frame.task[row]) & frame.support)
-        last = int(rows[-1])
+        rows = frame.by_task.rows(int(frame.by_task.of_row[row]))
+        last = int(rows[frame.support[rows]][-1])
         columns = np.flatnonzero(over[row])
         worst = int(columns[np.argmax(np.nan_to_num(growth[last, columns], posinf=1e300))])
         start = float(frame.start_norm[row, worst])
@@ -92,17 +92,18 @@ class NormExplosion(Rule):
         )
 
 
-def _lowest_from_here(frame: Frame) -> Array:
+def _lowest_from_here(frame: Frame, chosen: Flags) -> Array:
     """``[S]`` the lowest support loss of the task from this step on, as far as it was seen.
 
+    Of the tasks with a row of ``chosen`` (``[S]``); infinite for others.
     Weights before BatchNorm may be thrown far by one step on a few values, and all is well: they
     have no scale.
     """
-    seen = frame.support & (frame.block.scalars["loss_seen"] > 0)
-    losses = np.where(seen, frame.block.scalars["loss"], np.inf)
+    losses = np.where(frame.seen, frame.block.scalars["loss"], np.inf)
     result = np.full(len(losses), np.inf)
-    for task in np.unique(frame.task[seen]):
-        rows = np.flatnonzero((frame.task == task) & frame.support)
+    for task in np.flatnonzero(frame.by_task.any(chosen)).tolist():
+        rows = frame.by_task.rows(task)
+        rows = rows[frame.support[rows]]
         result[rows] = np.fmin.accumulate(losses[rows][::-1])[::-1]
     return result
 
@@ -139,25 +140,34 @@ class LossExplosion(Rule):
         super().__init__(thresholds)
         self._firsts: dict[tuple[int, float], deque[float]] = {}
 
+    def _note_firsts(self, frame: Frame) -> None:
+        """Remember the first losses of the tasks that begin, by the line they are taken at."""
+        rows = np.flatnonzero(frame.begins & np.isfinite(frame.first_loss))
+        lines = frame.block.scalars["site"][rows].tolist()
+        firsts = np.abs(frame.first_loss[rows]).tolist()
+        for line, loss in zip(lines, firsts, strict=True):
+            known = self._firsts.setdefault((frame.block.rank, line), deque(maxlen=_TASKS))
+            known.append(loss)
+
     def _usual(self, frame: Frame) -> Array:
         """``[S]`` the median of the latest tasks' first losses at each row's line."""
         lines = frame.block.scalars["site"]
-        first = frame.support & (frame.step == 0) & np.isfinite(frame.first_loss)
         result = np.zeros(len(frame.block))
-        for line in np.unique(lines[frame.support]):
-            here = lines == line
-            known = self._firsts.setdefault((frame.block.rank, float(line)), deque(maxlen=_TASKS))
-            known.extend(np.abs(frame.first_loss[first & here]).tolist())
-            result[here] = float(np.median(known)) if known else 0.0
+        for line in np.unique(lines).tolist():
+            known = self._firsts.get((frame.block.rank, line))
+            if known:
+                result[lines == line] = float(np.median(known))
         return result
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step whose loss passed the bound."""
-        losses = frame.block.scalars["loss"]
+        self._note_firsts(frame)
+        losses, bound = frame.block.scalars["loss"], self.thresholds["loss-growth"]
         with np.errstate(invalid="ignore", divide="ignore"):
-            scale = np.fmax(np.abs(frame.first_loss), np.fmax(self._usual(frame), 1e-2))
-            grown = losses / scale >= self.thresholds["loss-growth"]
-        over = frame.support & np.asarray(grown)
+            scale = np.fmax(np.abs(frame.first_loss), 1e-2)
+            over = frame.support & np.asarray(losses / scale >= bound)
+            if over.any():  # beside its own first loss; then beside what is usual, too
+                over &= np.asarray(losses / np.fmax(scale, self._usual(frame)) >= bound)
         for row in frame.first_rows(over):
             first, here = float(frame.first_loss[row]), float(losses[row])
             step = int(frame.step[row])

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import FLAGS, MISSING
-from divergence_probe.rules.base import Frame, Rule, missing_to_nan
+from divergence_probe.record.schema import MISSING
+from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
-from divergence_probe.rules.quantities import whole_norm
+from divergence_probe.rules.quantities import known, whole
 from divergence_probe.thresholds import Thresholds
 
 
@@ -54,39 +54,46 @@ class NoMetaGradient(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step without any gradient, after at least one task."""
-        for event in frame.events("task-start"):
-            self._last = event.data
+        starts = frame.events("task-start")
+        if starts:
+            self._last = starts[-1].data
         gradients = frame.block.parameters["gradient_norm"]
-        previous = 0
-        for row in np.flatnonzero(frame.outer):
-            self._note(frame, slice(previous, int(row)))
-            previous = int(row) + 1
-            held = frame.block.parameters["norm_before"][row] != MISSING
-            # a NaN is a gradient, if a bad one
-            nothing = (gradients[row] == MISSING) | (gradients[row] == 0)
-            lost = (gradients[row] == MISSING).all() or self._was_there()
-            self._query = self._support = math.nan
-            if not held.any() or not self._last or not nothing.all() or not lost:
-                continue
+        steps = np.flatnonzero(frame.outer)
+        # a NaN is a gradient, if a bad one
+        nothing = ((gradients[steps] == MISSING) | (gradients[steps] == 0)).all(1)
+        begins = [0, *(steps + 1).tolist()]
+        for number in np.flatnonzero(nothing).tolist():
+            row = int(steps[number])
+            self._note(frame, begins[number], row)
+            absent = bool((gradients[row] == MISSING).all())
+            if self._last and (absent or self._was_there()):
+                yield from self._describe(frame, row)
+        self._note(frame, begins[-1], len(frame.block))
+
+    def _describe(self, frame: Frame, row: int) -> Iterator[Finding]:
+        held = int((frame.block.parameters["norm_before"][row] != MISSING).sum())
+        if held:
             why, fix = self._reason()
             yield self.at(
                 frame,
-                int(row),
-                f"the outer step has no gradient for any of {int(held.sum())} parameters: {why}",
+                row,
+                f"the outer step has no gradient for any of {held} parameters: {why}",
                 "outer step without a gradient",
                 evidence={"reason": why},
                 fix=fix,
             )
-        self._note(frame, slice(previous, len(frame.block)))
 
-    def _note(self, frame: Frame, rows: slice) -> None:
-        """The gradients that were there to reach an outer step."""
+    def _note(self, frame: Frame, begin: int, end: int) -> None:
+        """The gradients that were there to reach an outer step, since the one before ``begin``."""
+        rows = slice(begin, end)
+        if begin:
+            self._query = self._support = math.nan
         queries = frame.block.scalars["query_gradient"][rows]
         self._query = float(np.fmax.reduce(queries, initial=self._query))
         support, tasks = frame.support[rows], frame.task[rows]
         # (of a task that goes on in the next block, the last one here)
         last = support & np.append((tasks[1:] != tasks[:-1]) | ~support[1:], True)[: len(tasks)]
-        norms = whole_norm(frame.block.parameters["gradient_norm"][rows][last])
+        norms = whole(frame, "gradient_norm")[rows][last]
         self._support = float(np.fmax.reduce(norms, initial=self._support))
 
     def _was_there(self) -> bool:
@@ -155,34 +162,37 @@ class MetaGradientExplosion(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step whose gradient left the scale of its inner loops."""
-        gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
-        with np.errstate(all="ignore"):
-            whole = np.sqrt(np.nansum(gradients**2, axis=1))
-        second = (frame.block.scalars["flags"].astype(int) & FLAGS["second_order"]) > 0
-        rows = zip(*(v.tolist() for v in (frame.outer, whole, frame.step, second)), strict=True)
-        for row, (outer, norm, step, differentiable) in enumerate(rows):
-            if not outer:
-                if math.isfinite(norm):
-                    self._largest = max(self._largest, norm)
-                self._steps = max(self._steps, step + 1)
-                self._second_order |= differentiable
-                continue
-            bound = self.thresholds["meta-gradient-growth"] * self._largest
-            if self._second_order and bound and math.isfinite(norm) and norm > bound:
-                yield self._describe(frame, row, norm)
-            self._largest, self._steps, self._second_order = 0.0, 0.0, False
+        norms = whole(frame, "gradient_norm")
+        rows = np.flatnonzero(frame.outer)
+        # of what came before each outer step of this block, and of what comes after the last
+        stretch = np.cumsum(frame.outer)
+        largest, steps, second = (np.zeros(len(rows) + 1) for _ in range(3))
+        largest[0], steps[0], second[0] = self._largest, self._steps, self._second_order
+        inner = np.where(frame.outer | ~np.isfinite(norms), 0.0, norms)
+        np.maximum.at(largest, stretch, inner)
+        np.maximum.at(steps, stretch, np.where(frame.outer, 0.0, frame.step + 1))
+        second[stretch[frame.flagged("second_order") & ~frame.outer]] = True
+        bound = self.thresholds["meta-gradient-growth"] * largest[:-1]
+        over = np.isfinite(norms[rows]) & (norms[rows] > bound) & (bound != 0)
+        for number in np.flatnonzero(over & (second[:-1] > 0)).tolist():
+            yield self._describe(
+                frame, int(rows[number]), float(largest[number]), float(steps[number])
+            )
+        self._largest, self._steps = float(largest[-1]), float(steps[-1])
+        self._second_order = bool(second[-1])
 
-    def _describe(self, frame: Frame, row: int, norm: float) -> Finding:
-        rate = (norm / self._largest) ** (1 / max(self._steps, 1))
+    def _describe(self, frame: Frame, row: int, largest: float, steps: float) -> Finding:
+        norm = float(whole(frame, "gradient_norm")[row])
+        rate = (norm / largest) ** (1 / max(steps, 1))
         return self.at(
             frame,
             row,
-            f"the meta-gradient has norm {norm:.3g}, the largest inner gradient {self._largest:.3g}"
-            f": × {rate:.2f} for each of {self._steps:.0f} unrolled steps",
+            f"the meta-gradient has norm {norm:.3g}, the largest inner gradient {largest:.3g}"
+            f": × {rate:.2f} for each of {steps:.0f} unrolled steps",
             f"meta-gradient norm {norm:.3g}",
             evidence={
                 "meta_gradient_norm": norm,
-                "largest_inner_gradient_norm": self._largest,
+                "largest_inner_gradient_norm": largest,
                 "growth_per_step": rate,
             },
             fix="Unroll fewer inner steps, or lower the inner learning rate.",
@@ -225,25 +235,29 @@ class FirstOrderOnly(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step whose tasks were all first order."""
-        second = (frame.block.scalars["flags"].astype(int) & FLAGS["second_order"]) > 0
-        gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
-        support = frame.support.tolist()
-        for row in range(len(frame.block)):
-            if support[row]:
-                self._waiting = None
-                if not second[row]:
-                    self._waiting = self.at(
-                        frame,
-                        row,
-                        "inner gradients carry no graph: the outer step does not differentiate "
-                        "through the inner steps",
-                        "gradient without create_graph=True",
-                        fix="torch.autograd.grad(loss, fast, create_graph=True)",
-                    )
-            elif frame.outer[row] and self._waiting is not None:
-                if (np.nan_to_num(gradients[row]) > 0).any():
-                    yield self._waiting
-                self._waiting = None
+        fed = np.asarray((frame.block.parameters["gradient_norm"] > 0).any(1))
+        second = frame.flagged("second_order")
+        # the last inner step up to each row
+        steps = np.maximum.accumulate(np.where(frame.support, np.arange(len(second)), -1)).tolist()
+        previous = -1
+        for row in np.flatnonzero(frame.outer).tolist():
+            if steps[row] > previous:
+                self._waiting = None if second[steps[row]] else self._describe(frame, steps[row])
+            if self._waiting is not None and fed[row]:
+                yield self._waiting
+            self._waiting, previous = None, row
+        if steps and steps[-1] > previous:
+            self._waiting = None if second[steps[-1]] else self._describe(frame, steps[-1])
+
+    def _describe(self, frame: Frame, row: int) -> Finding:
+        return self.at(
+            frame,
+            row,
+            "inner gradients carry no graph: the outer step does not differentiate "
+            "through the inner steps",
+            "gradient without create_graph=True",
+            fix="torch.autograd.grad(loss, fast, create_graph=True)",
+        )
 
 
 class UnusedParameters(Rule):
@@ -276,8 +290,10 @@ class UnusedParameters(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at its first step."""
-        held = np.isfinite(missing_to_nan(frame.block.parameters["norm_before"]))
-        absent = held & (frame.block.parameters["gradient_norm"] == MISSING)
+        absent = frame.block.parameters["gradient_norm"] == MISSING
+        absent &= np.isfinite(known(frame, "norm_before"))
+        if not absent.any():
+            return
         hit = frame.support & absent.any(1) & ~absent.all(1)
         for row in frame.first_rows(hit):
             names = tuple(frame.parameter(int(c)) for c in np.flatnonzero(absent[row]))

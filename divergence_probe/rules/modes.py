@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from divergence_probe.record.schema import QUERY, SUPPORT
+from divergence_probe.record.schema import QUERY, SUPPORT, Array, Flags
 from divergence_probe.rules.base import Frame, Rule, TaskFacts
 from divergence_probe.rules.finding import Finding, Severity
 from divergence_probe.rules.quantities import farness
@@ -15,6 +15,8 @@ from divergence_probe.thresholds import Thresholds
 
 #: By task: the row, the layers, and the mode they ran in before and in this row.
 _Hits = dict[int, tuple[int, list[str], str, str]]
+#: By row: the others.
+_Found = dict[int, tuple[list[str], str, str]]
 
 
 class ModesDiffer(Rule):
@@ -60,6 +62,23 @@ class ModesDiffer(Rule):
         found = {row: (layers, was, now) for row, layers, was, now in self._hits(frame).values()}
         self._note_untrained(frame)
         taken = frame.query & (frame.block.scalars["site"] >= 0)
+        if found or self._waiting:
+            yield from self._judged(frame, found, taken)
+        else:
+            self._note_queries(frame, taken)
+        for task in frame.block.ended if self._untrained else ():
+            self._untrained.discard((frame.block.rank, task))
+
+    def _note_queries(self, frame: Frame, taken: Flags) -> None:
+        """Whether the queries since the last outer step are trained on."""
+        steps = np.flatnonzero(frame.outer)
+        if len(steps):
+            self._queries_trained = False
+            taken = taken[steps[-1] :]
+        self._queries_trained |= bool(taken.any())
+
+    def _judged(self, frame: Frame, found: _Found, taken: Flags) -> Iterator[Finding]:
+        """What was found, in order of time, and what waited for the outer steps in between."""
         for row in map(int, np.flatnonzero(frame.query | frame.outer)):
             if frame.outer[row]:
                 yield from self._settled(used=not self._queries_trained)
@@ -73,14 +92,12 @@ class ModesDiffer(Rule):
                 yield finding
             else:
                 self._waiting.append(finding)
-        for event in frame.events("task-end"):
-            self._untrained.discard((frame.block.rank, event.task))
 
     def _note_untrained(self, frame: Frame) -> None:
         """Tasks that began on statistics no batch had been seen by."""
         norm = frame.block.batch_norm
         fresh = ((norm["bn_untrained"] == 1) & (norm["bn_training"] >= 1)).any(1)
-        for row in np.flatnonzero(fresh & frame.support & (frame.step == 0)):
+        for row in np.flatnonzero(fresh & frame.begins):
             self._untrained.add((frame.block.rank, int(frame.task[row])))
 
     def _predicts(self, frame: Frame, row: int, layers: list[str]) -> bool:
@@ -94,7 +111,7 @@ class ModesDiffer(Rule):
         columns = [i for i, name in enumerate(layout.batch_norms) if name in layers]
         if (norm["bn_training"][row, columns] > 0).any() or (norm["bn_untrained"][row] == 1).any():
             return False
-        return not (farness(norm, self.thresholds)[row, columns] > 1).any()
+        return not (farness(frame, self.thresholds)[row, columns] > 1).any()
 
     def _settled(self, used: bool) -> Iterator[Finding]:
         """Give out what waited: predictions, or what an outer step used after all."""
@@ -112,8 +129,11 @@ class ModesDiffer(Rule):
             (frame.block.layout.batch_norms, frame.block.batch_norm["bn_training"]),
             (frame.block.layout.dropouts, frame.block.dropout),
         ):
-            called = (values >= 0).any(1) & ~frame.outer
-            for row in map(int, np.flatnonzero(called)):
+            called = (values >= 0) & ~frame.outer[:, None]
+            if not called.any():
+                continue
+            told = _may_differ(frame, values, called)
+            for row in map(int, np.flatnonzero(called.any(1) & told)):
                 phase = int(frame.block.scalars["phase"][row])
                 facts = frame.tasks.get(int(frame.task[row]))
                 if facts is None:
@@ -150,6 +170,19 @@ class ModesDiffer(Rule):
             fix="Use one mode for support and query; call .train()/.eval() on the fast model "
             "itself, once, before the inner loop.",
         )
+
+
+def _may_differ(frame: Frame, modes: Array, called: Flags) -> Flags:
+    """``[S]`` rows of tasks that do not run in one mode, or not in this block alone."""
+    by_task, ended = frame.by_task, frame.block.ended
+    highest = by_task.reduced(np.maximum, np.where(called, modes, -np.inf))
+    lowest = by_task.reduced(np.minimum, np.where(called, modes, np.inf))
+    chosen = np.asarray((highest > lowest).any(1))
+    for position, index in enumerate(by_task.tasks):
+        facts = frame.tasks.get(index)
+        if facts is not None and (facts.modes or index not in ended):
+            chosen[position] = True
+    return np.asarray(chosen[by_task.of_row])
 
 
 def _word(mode: float) -> str:
@@ -193,6 +226,9 @@ class DropoutWhileEvaluating(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Remember tasks with active dropout; an outer step makes them training."""
+        if frame.events("outer-step"):
+            self._waiting.clear()
+            return iter(())
         hit = frame.query & (frame.block.dropout == 1).any(1)
         for row in frame.first_rows(hit):
             layers = tuple(
@@ -207,8 +243,6 @@ class DropoutWhileEvaluating(Rule):
                 layer=layers[0],
                 layers=layers,
             )
-        if any(True for _ in frame.events("outer-step")):
-            self._waiting.clear()
         return iter(())
 
     def finish(self) -> Iterator[Finding]:

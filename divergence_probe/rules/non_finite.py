@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, Array, Flags
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
 
@@ -49,6 +49,8 @@ class NonFinite(Rule):
         before = _bad(block.parameters["norm_before"])
         loss = ~np.isfinite(block.scalars["loss"]) & (block.scalars["loss_seen"] > 0)
         statistics = block.batch_norm["bn_input_finite"] == 0
+        if not any(bad.any() for bad in (loss, gradient, after, before, statistics)):
+            return
         hit = loss | gradient.any(1) | after.any(1) | before.any(1) | statistics.any(1)
         for row in frame.first_rows(hit & ~frame.outer):
             yield self._describe(frame, row, before, statistics, loss, gradient, after)
@@ -94,7 +96,7 @@ class NonFinite(Rule):
 
 
 def _bad(norms: Array) -> Flags:
-    return np.asarray(~np.isfinite(norms) & (norms != MISSING))
+    return np.asarray(~np.isfinite(norms))
 
 
 class NonFiniteMetaGradient(Rule):
@@ -128,15 +130,18 @@ class NonFiniteMetaGradient(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding for every outer step with a non-finite gradient."""
-        bad = _bad(frame.block.parameters["gradient_norm"])
-        for row in np.flatnonzero(frame.outer & bad.any(1)):
-            layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in np.flatnonzero(bad[row])))
+        rows = np.flatnonzero(frame.outer)
+        table = _bad(frame.block.parameters["gradient_norm"][rows])
+        for row, bad in zip(rows.tolist(), table, strict=True) if table.any() else ():
+            if not bad.any():
+                continue
+            layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in np.flatnonzero(bad)))
             yield self.at(
                 frame,
-                int(row),
+                row,
                 f"the meta-gradient of {frame.called(layers[:1])} is not finite at the outer step",
                 "outer step with a non-finite gradient",
                 layer=layers[0],
                 layers=layers,
-                evidence={"parameters": float(bad[row].sum())},
+                evidence={"parameters": float(bad.sum())},
             )

@@ -1,4 +1,4 @@
-"""What one task leaves behind for the next: optimizer state, gradients, weights."""
+"""What one task leaves behind for the next in its optimizer: state, gradients, clipping."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import FLAGS, Array, Flags
-from divergence_probe.rules.base import Frame, Rule, missing_to_nan
+from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.thresholds import Thresholds
 
@@ -75,7 +74,7 @@ class OptimizerStateCarriedOver(Rule):
         """Hand-written momentum: a first step that goes on along the task before's last one."""
         velocity = frame.block.scalars["carried_velocity"]
         with np.errstate(invalid="ignore"):
-            hit = frame.support & (frame.step == 0) & (velocity > _PARALLEL)
+            hit = frame.begins & (velocity > _PARALLEL)
         for row in frame.first_rows(hit):
             yield self.at(
                 frame,
@@ -130,12 +129,13 @@ class GradientCarriedOver(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step that adds to an old gradient."""
         carried = frame.block.scalars["carried_gradient"]
-        for row in frame.first_rows(frame.support & (carried > 0)):
+        adding = frame.support & (carried > 0)
+        steps = frame.by_task.count(adding)
+        for row in frame.first_rows(adding):
             # One leftover, from training before the first task say, is a blemish; a loop that
             # never clears meets one in every task.
             self._tasks.add((frame.block.rank, int(frame.task[row])))
-            steps = frame.support & (carried > 0) & (frame.task == frame.task[row])
-            persistent = len(self._tasks) > 1 or int(steps.sum()) > 1
+            persistent = len(self._tasks) > 1 or steps[frame.by_task.of_row[row]] > 1
             yield self.at(
                 frame,
                 row,
@@ -189,9 +189,10 @@ class HardClipping(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Count; inner and outer steps apart."""
-        flags = frame.block.scalars["flags"].astype(int)
-        clippable = (flags & (FLAGS["clippable"] | FLAGS["clipped"])) > 0
-        active = (flags & FLAGS["clipped"]) > 0
+        clippable = frame.flagged("clippable", "clipped")
+        active = frame.flagged("clipped")
+        if not clippable.any():
+            return iter(())
         for outer, rows in ((False, frame.support), (True, frame.outer)):
             self._seen[outer] += int((clippable & rows).sum())
             self._active[outer] += int((active & rows).sum())
@@ -217,156 +218,3 @@ class HardClipping(Rule):
                 evidence={"share": active / seen},
                 fix="Raise the clipping bound until it is active only for spikes.",
             )
-
-
-class BaseMutated(Rule):
-    """The inner loop changed the base model for the tasks after it.
-
-    ## What it does
-    Compares the weights each task starts from with those the task before started from. Where they
-    differ and no outer step came between, the inner loop itself moved the base.
-
-    ## Why it is bad
-    Tasks are no longer independent: each starts where the last one ended, at least in part.
-    It is what Reptile and continual adaptation mean to do; then it is a remark, and
-    ``--intent reptile`` or ``--intent continual`` silences it.
-
-    ## Example
-    ```python
-    fast = list(net.parameters())
-    for w, g in zip(fast, grads):
-        w.data -= lr * g               # writes into the base model
-    ```
-
-    ## Use instead
-    ```python
-    fast = [w - lr * g for w, g in zip(fast, grads)]
-    ```
-
-    ## References
-    Nichol et al., On first-order meta-learning algorithms, 2018, for the case where it is meant.
-    """
-
-    code = "BASE001"
-    name = "base-model-mutated"
-    severity = Severity.WARNING
-    cause = "base-mutated"
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        super().__init__(thresholds)
-        self._before: dict[tuple[int, int], tuple[int, Array, Array]] = {}
-        self._instances: dict[tuple[int, int], object] = {}
-        self._stepped: dict[object, int] = {}
-        self._pending: list[Finding] = []
-        self._outer_steps = 0
-        self._without_effect = 0
-
-    def check(self, frame: Frame) -> Iterator[Finding]:
-        """Compare each task's first row with the task before it, in order of time."""
-        for event in frame.events("restore-without-effect"):
-            # Once may be the first restore, of a state saved just before it.
-            self._without_effect += 1
-            if self._without_effect < 2:
-                continue
-            yield self.finding(
-                "load_state_dict puts back the very weights the task ended with: the state was "
-                "kept by reference, so nothing is restored",
-                marks=(Mark(event.site, "restores nothing"),) if event.site else (),
-                fix="saved = copy.deepcopy(net.state_dict())   # state_dict() alone does not copy",
-            )
-        before = missing_to_nan(frame.block.parameters["norm_before"])
-        after = missing_to_nan(frame.block.parameters["norm_after"])
-        layout = (frame.block.rank, frame.block.layout.index)
-        outer, support, step = frame.outer.tolist(), frame.support.tolist(), frame.step.tolist()
-        for row in range(len(frame.block)):
-            if outer[row]:
-                self._outer_steps += 1
-                previous = self._before.pop(layout, None)
-                # A copy that lists its parameters otherwise has another layout: the outer step
-                # is between its tasks all the same.
-                self._before = {k: v for k, v in self._before.items() if k[0] != layout[0]}
-                if previous is not None:
-                    yield from self._stepped_from(frame, row, before[row], *previous[1:])
-            elif support[row]:
-                if step[row] == 0:
-                    yield from self._begin(frame, row, layout, before[row])
-                known = self._before.get(layout)
-                if known is not None and known[0] == int(frame.task[row]):
-                    self._before[layout] = (known[0], known[1], after[row])
-
-    def _begin(
-        self, frame: Frame, row: int, layout: tuple[int, int], start: Array
-    ) -> Iterator[Finding]:
-        previous = self._before.get(layout)
-        task = int(frame.task[row])
-        self._before[layout] = (task, start, start)
-        facts = frame.tasks.get(task)
-        instance = facts.data.get("instance") if facts is not None else None
-        other = self._instances.get(layout, instance) != instance
-        self._instances[layout] = instance
-        if previous is None or previous[0] == task or other:
-            return  # (another model of the same structure begins where it likes)
-        _, earlier, ended = previous
-        if len(earlier) != len(start):
-            return
-        known = np.isfinite(earlier) & np.isfinite(start) & np.isfinite(ended)
-        moved = known & ~_alike(start, earlier)
-        if not moved.any():
-            return
-        kept = known & _alike(start, ended)
-        adapted = known & ~_alike(ended, earlier)
-        yield self._describe(frame, row, moved, kept, adapted)
-
-    def _stepped_from(
-        self, frame: Frame, row: int, here: Array, start: Array, ended: Array
-    ) -> Iterator[Finding]:
-        """An outer step that starts from what the inner loop wrote, not from where it began."""
-        if len(here) != len(start):
-            return
-        known = np.isfinite(here) & np.isfinite(start) & np.isfinite(ended)
-        moved = known & ~_alike(here, start)
-        if not moved.any() or not (moved & np.isclose(here, ended, rtol=1e-6)).any():
-            return
-        layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in np.flatnonzero(moved)))
-        yield self.at(
-            frame,
-            row,
-            f"the outer step starts from the weights the inner loop left in the base "
-            f"({frame.called(layers)})",
-            "the base was changed before this outer step",
-            layer=layers[0],
-            layers=layers,
-            fix="Adapt a copy: fast = [w - lr * g ...] without .data and without in-place writes.",
-        )
-
-    def _describe(
-        self, frame: Frame, row: int, moved: Flags, kept: Flags, adapted: Flags
-    ) -> Finding:
-        columns = np.flatnonzero(moved)
-        layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in columns))
-        carried = bool((kept & adapted).any())
-        restored = bool((adapted & ~moved).any())
-        half = carried and restored
-        # Everything carried over, or moved elsewhere, may be meant (continual, Reptile); a reset
-        # of some weights only is not, nor is a base that an outer step is to move as well.
-        meant = not half and not (carried and self._outer_steps)
-        how = "only partly restored" if half else "not where the task before began"
-        return self.at(
-            frame,
-            row,
-            f"task {int(frame.task[row])} begins with weights {how} ({frame.called(layers)}), with "
-            "no outer step between",
-            "the task begins with weights another task left",
-            severity=Severity.INFO if meant else Severity.WARNING,
-            layer=layers[0],
-            layers=layers,
-            evidence={"parameters_moved": float(moved.sum())},
-            fix="Adapt a copy: copy.deepcopy(net), or fast = [w - lr * g ...] without writing into "
-            "the base.",
-        )
-
-
-def _alike(left: Array, right: Array) -> Flags:
-    """Equal norms but for rounding, as ``np.isclose`` without what that costs on a few numbers."""
-    with np.errstate(all="ignore"):
-        return np.asarray(np.abs(left - right) <= 1e-6 * np.abs(right))

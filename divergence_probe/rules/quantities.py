@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from divergence_probe.record.schema import Array
-from divergence_probe.rules.base import Frame, missing_to_nan
+from divergence_probe.rules.base import Frame, missing_to_nan, once_a_frame
 from divergence_probe.thresholds import Thresholds
 
 
-def whole_norm(norms: Array) -> Array:
-    """``[S]`` norm over all parameters."""
-    norms = missing_to_nan(norms)
+def known_sum(values: Array) -> Array:
+    """``[S]`` sums of what is not nan, as ``np.nansum`` without its precautions."""
+    return np.asarray(np.where(np.isnan(values), 0.0, values).sum(1))
+
+
+@once_a_frame
+def known(frame: Frame, column: str) -> Array:
+    """``[S, P]`` a column of parameters; nan where there was nothing to measure."""
+    return missing_to_nan(frame.block.parameters[column])
+
+
+@once_a_frame
+def whole(frame: Frame, column: str) -> Array:
+    """``[S]`` a column of norms, over all parameters."""
     with np.errstate(all="ignore"):
-        return np.asarray(np.sqrt(np.nansum(norms**2, axis=1)))
+        return np.asarray(np.sqrt(known_sum(known(frame, column) ** 2)))
 
 
+@once_a_frame
 def descent(frame: Frame) -> Array:
     """``[S]`` minus the first-order change of the loss that each row's step should make."""
     rates = frame.block.parameters["step_rate"]
-    gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
     with np.errstate(all="ignore"):
-        return np.asarray(np.nansum(rates * gradients**2, axis=1))
+        return known_sum(rates * known(frame, "gradient_norm") ** 2)
 
 
+@once_a_frame
 def collinearity(frame: Frame) -> Array:
     """``[S]`` |cosine| between update and gradient, over all parameters."""
-    gradients = missing_to_nan(frame.block.parameters["gradient_norm"])
-    updates = missing_to_nan(frame.block.parameters["update_norm"])
     rates = frame.block.parameters["step_rate"]
     with np.errstate(all="ignore"):
-        product = np.nansum(np.abs(rates) * gradients**2, axis=1)
-        return np.asarray(product / (whole_norm(gradients) * whole_norm(updates)))
+        product = known_sum(np.abs(rates) * known(frame, "gradient_norm") ** 2)
+        return np.asarray(product / (whole(frame, "gradient_norm") * whole(frame, "update_norm")))
 
 
 def median_rate(frame: Frame, row: int) -> float:
@@ -44,8 +53,10 @@ def median_rate(frame: Frame, row: int) -> float:
     return float(np.median(rates)) if len(rates) else math.nan
 
 
-def farness(norm: Mapping[str, Array], thresholds: Thresholds) -> Array:
+@once_a_frame
+def farness(frame: Frame, thresholds: Thresholds) -> Array:
     """``[S, B]`` distance of the running statistics from the batch's; above 1 is too far."""
+    norm = frame.block.batch_norm
     with np.errstate(invalid="ignore"):
         mean = norm["bn_mean_distance"] / thresholds["statistics-distance"]
         ratio = np.abs(norm["bn_log_variance_ratio"])
