@@ -46,7 +46,7 @@ from divergence_probe.record.schema import (
     joined,
 )
 
-_ROWS_PER_BLOCK = 256
+_ROWS_PER_BLOCK = 1024
 _BYTES_PER_BLOCK = 32 * 2**20
 # Rows whose tensors are kept: fewer would be measured with as many calls, more leave the caches.
 _ROWS_AT_ONCE = 128
