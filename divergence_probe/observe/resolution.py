@@ -98,8 +98,8 @@ def _recited(pending: Pending, recital: Recital) -> Update:
         for made, reference in zip(recital.made, pending.inputs, strict=True)
     ]
     values = [
-        made[1] if made is not None else before
-        for made, before in zip(recital.made, pending.before, strict=True)
+        made[1] if made is not None else pending.before[index]
+        for index, made in enumerate(recital.made)
     ]
     return Update(tensors, snapshot(values, copy=False))
 

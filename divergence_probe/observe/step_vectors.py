@@ -50,13 +50,13 @@ def measure_vectors(
     if not sizes or len(sizes) < len(rows[0].before) or sum(sizes) > MOST_TOGETHER:
         return None
     vectors = Vectors(sum(sizes))
+    slopes = [vectors.position(row.gradients) for row in rows]  # first: then they are in order
     starts = [vectors.position(row.before) for row in rows]
     ends = [vectors.position(row.after) for row in rows]
-    slopes = [vectors.position(row.gradients) for row in rows]
     matrix = vectors.stacked()
     if matrix is None:
         return None
-    update = _rows(matrix, ends).sub_(_rows(matrix, starts))
+    update = _rows(matrix, ends) - _rows(matrix, starts)
     gradient = _rows(matrix, slopes)
     norms = to_numpy(_norms(matrix, sizes))
     update_norms = _norms(update, sizes)
@@ -71,11 +71,24 @@ def measure_vectors(
         "gradient_norm": norms[slopes],
         "update_norm": table[0],
     }
-    along_next = torch.linalg.vecdot(gradient[later], update[earlier])
-    return VectorNumbers(columns, table[1], to_numpy(along_next))
+    return VectorNumbers(columns, table[1], to_numpy(_along_next(gradient, update, later, earlier)))
+
+
+def _along_next(
+    gradient: Tensor, update: Tensor, later: Sequence[int], earlier: Sequence[int]
+) -> Tensor:
+    if all(a == b + 1 for a, b in zip(later, earlier, strict=True)):  # no need to gather copies
+        return torch.linalg.vecdot(gradient[1:], update[:-1])[list(earlier)]
+    return torch.linalg.vecdot(gradient[later], update[earlier])
 
 
 def _rows(matrix: Tensor, positions: list[int]) -> Tensor:
+    """Rows of ``matrix``, without a copy where they are evenly spaced."""
+    first, *others = positions
+    spacing = others[0] - first if others else 1
+    last = first + spacing * len(positions)
+    if spacing > 0 and positions == list(range(first, last, spacing)):
+        return matrix[first:last:spacing]
     return matrix.index_select(0, torch.tensor(positions, device=matrix.device))
 
 
