@@ -64,10 +64,10 @@ class DropoutCall:
 
 @dataclass(slots=True)
 class LossCall:
-    """One scalar loss that was computed: the user's tensor by identity, and its value."""
+    """One scalar loss that was computed: the user's tensor by identity, and its value if known."""
 
     tensor: weakref.ref[Tensor]
-    value: Tensor
+    value: Tensor | None
     order: int
 
 

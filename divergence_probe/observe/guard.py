@@ -35,6 +35,7 @@ class ThreadState:
         own: how deep inside our own work the thread is.
         inside: how deep inside calls that are observed as a whole.
         gradient: how deep inside gradient calls.
+        transform: how deep inside gradients of ``torch.func``, forward and backward.
         differentiable: whether the user's code has gradients enabled, while our own work is done.
         on_stack: takes our function mode off the thread's stack, if it is done; None where it is
             not on it.
@@ -42,7 +43,7 @@ class ThreadState:
 
     __slots__ = (
         "_clear", "_guard", "_started", "_torch_function",
-        "differentiable", "gradient", "inside", "on_stack", "own",
+        "differentiable", "gradient", "inside", "on_stack", "own", "transform",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
@@ -53,6 +54,7 @@ class ThreadState:
         self.own = 0
         self.inside = 0
         self.gradient = 0
+        self.transform = 0
         self.differentiable = True
         self.on_stack: Callable[[], None] | None = None
 

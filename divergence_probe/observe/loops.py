@@ -116,39 +116,37 @@ class Loops:
                 thread.follower.stop()
             self.settle(inputs)
 
-    def expected(
+    def expects(
         self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
-    ) -> Task | None:
-        """The task of a known loop that a gradient about to be taken can only go on with.
+    ) -> bool:
+        """Whether a gradient about to be taken can only be the next step of a known loop.
 
         Then neither :meth:`opening` nor :meth:`gradient` is called, but :meth:`went_on`.
         """
-        session, thread = self._session, self._thread
-        pending = thread.pending
-        if pending is None or session.guard.state.transformed:
-            return None
-        if not is_next_step(pending, site, function, loss, inputs):
-            return None
-        task = pending.task
-        if task is None or task.ended or task is not thread.task:
-            task = pending.task = self._start(pending, in_place=False)
-        if len(session.open) == 1:
-            return task
-        return None  # a library's task, whose query this may be
+        thread = self._thread
+        pending, task, opened = thread.pending, thread.task, self._session.open
+        if pending is None or not is_next_step(pending, site, function, loss, inputs):
+            return False
+        # Where other tasks are open, this may be the query of one of them.
+        return not opened or (len(opened) == 1 and opened[0] is task)
 
     def went_on(
         self,
         loss: Tensor | None,
         inputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-    ) -> bool:
+    ) -> Task | None:
         """The expected gradient was taken: its inputs are what the update before it made.
 
-        False, and nothing is done, where that update was settled in the meantime.
+        Returns:
+            Its task; None, and nothing is done, where that update was settled in the meantime.
         """
-        session, pending = self._session, self._thread.pending
-        if pending is None or pending.task is None:
-            return False
+        session, thread = self._session, self._thread
+        pending = thread.pending
+        if pending is None:
+            return None
+        if pending.task is None or pending.task.ended or pending.task is not thread.task:
+            pending.task = self._start(pending, in_place=False)
         values, slopes = pair(inputs, gradients, (False, False), like=pending.before)
         pending.learned.confirmed += 1
         self._record(pending.task, pending, values, pending.flags, inputs)
@@ -165,7 +163,7 @@ class Loops:
             pending.forwards = forwards.split_for(loss, self._foreign_to(inputs))
             session.name_forwards(pending.forwards, pending.task.known, pending.task)
         self._wait_for(pending, loss, inputs, gradients)
-        return True
+        return pending.task
 
     def gradient(
         self,

@@ -49,7 +49,10 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         finally:
             state.inside -= 1
-        if isinstance(result, Tensor):
+        if state.transform and isinstance(result, Tensor):  # whose value the gradient brings
+            losses = session.current_forwards().losses
+            losses.append(LossCall(weakref.ref(result), None, next_order()))
+        elif isinstance(result, Tensor):
             with state:
                 if result.numel() == 1:
                     value = physical(result)[0].detach()

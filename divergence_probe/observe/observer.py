@@ -23,6 +23,7 @@ from divergence_probe.observe import (
     normalization,
     optimizers,
     process_group,
+    transforms,
 )
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
@@ -38,7 +39,7 @@ _INSTRUMENTS = (
     checkpointing,
     process_group,
 )
-_LOOP_INSTRUMENTS = (gradients, optimizers)
+_LOOP_INSTRUMENTS = (gradients, transforms, optimizers)
 
 
 class Observer:

@@ -78,8 +78,10 @@ def _along_next(
     gradient: Tensor, update: Tensor, later: Sequence[int], earlier: Sequence[int]
 ) -> Tensor:
     if all(a == b + 1 for a, b in zip(later, earlier, strict=True)):  # no need to gather copies
-        return torch.linalg.vecdot(gradient[1:], update[:-1])[list(earlier)]
-    return torch.linalg.vecdot(gradient[later], update[earlier])
+        along: Tensor = torch.linalg.vecdot(gradient[1:], update[:-1])
+        return along[list(earlier)]
+    gathered: Tensor = torch.linalg.vecdot(gradient[later], update[earlier])
+    return gathered
 
 
 def _rows(matrix: Tensor, positions: list[int]) -> Tensor:

@@ -79,7 +79,6 @@ class Investigator:
         names: Names | None = None,
         sources: Sequence[Tensor] = (),
         library: bool = False,
-        ahead: bool = False,
     ) -> None:
         """A gradient of ``loss`` with respect to ``inputs`` is about to be taken.
 
@@ -91,7 +90,6 @@ class Investigator:
             names: of the inputs.
             sources: the user's tensors behind the inputs, where a transform wraps them.
             library: whether a library's own step takes it.
-            ahead: whether the step before it is complete, but not recorded yet.
         """
         if self._off:
             return
@@ -100,7 +98,7 @@ class Investigator:
         window.library = library
         self.leave()
         try:
-            self._belongs(window, task or self._task_of(sources or inputs), ahead)
+            self._belongs(window, task or self._task_of(sources or inputs))
             case.windows.open(window)
             self._reporter.advance(window)
             if loss is not None and loss.grad_fn is not None and loss.numel() == 1:
@@ -108,12 +106,32 @@ class Investigator:
         except Exception:  # never the user's problem: the watching goes on without forensics
             self._give_up()
 
-    def calm(self, loss: Tensor | None) -> bool:
-        """Whether nothing is being looked for, and nothing is seen to be wrong with ``loss``."""
-        if self._off or self._case.armed or self._reporter.waiting:
-            return self._off
-        value = self._value(loss) if loss is not None and loss.numel() == 1 else None
-        return value is None or math.isfinite(value)
+    def calm(self, site: int, loss: Tensor | None) -> bool:
+        """Whether nothing is looked for at a line, and nothing is seen to be wrong with a loss.
+
+        Then :meth:`passed` says all there is to say of the gradient.
+        """
+        if self._case.armed or self._reporter.waiting or self._risky.get(site):
+            return False
+        if loss is None or not loss.is_cpu or loss.numel() != 1:
+            return True
+        return math.isfinite(loss.item())
+
+    def passed(
+        self, site: int, inputs: Sequence[Tensor], task: Task, before: int, after: int
+    ) -> None:
+        """A gradient was taken where all is calm, the next step of a known loop.
+
+        Args:
+            site: number of the user's line.
+            inputs: what it was taken of.
+            task: which it goes on with; all steps before this one are recorded.
+            before: the next autograd node's number when it began.
+            after: the same when it ended.
+        """
+        window = Window(site, made_by(inputs), before, after)
+        self._belongs(window, task)
+        self._case.windows.open(window)
 
     @property
     def watches(self) -> bool:
@@ -332,12 +350,12 @@ class Investigator:
             fault.layers = step.bad_weights
             self._reporter.found(fault, window, None)
 
-    def _belongs(self, window: Window, task: Task | None, ahead: bool = False) -> None:
+    def _belongs(self, window: Window, task: Task | None) -> None:
         """Note the task a gradient call goes on with; the call before it was its last step."""
         if task is None:
             return
         window.task = task
-        window.step = steps = task.steps + ahead
+        window.step = steps = task.steps
         last = self._case.windows.last
         if last is not None and last is not window and last.belongs is None and steps:
             last.task = task
