@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,10 @@ class Optimizers:
         self._nesting = Nesting(session)
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+        #: Bases that no gradient can have reached yet: without one, their step is none.
+        self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+        #: Called with the backward an outer step used, before that step is recorded.
+        self.spent: list[Callable[[Pending], None]] = []
         session.closing.append(self.close)
         session.restoring.append(self._restored)
 
@@ -233,6 +237,20 @@ class Optimizers:
         pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
         return self._loops.take_pending()
 
+    def claim(self, tensors: Iterable[Tensor]) -> Pending | None:
+        """The waiting backward, if it reached any of ``tensors``, for a library's step to use.
+
+        An outer step by hand on what it reached may have preceded, or may still follow: so it goes
+        on waiting, but another backward is none that adds to it.
+        """
+        pending = self._loops.pending
+        if pending is None or pending.function != "backward" or not pending.reached(tensors):
+            return None
+        if pending.of_base and any(pending.writes):
+            self._loops.settle()
+        pending.function = "grad"
+        return pending
+
     def _end(self, step: _Step) -> None:
         after = snapshot(step.parameters, copy=True)
         width = len(step.known.layout.parameters)
@@ -240,9 +258,13 @@ class Optimizers:
             spread(values, step.positions, width) for values in (step.before, after, step.gradients)
         ]
         if step.outer and not self._declared_inner(step):
+            if step.known in self.untouched and all(g is None for g in step.gradients):
+                return
             self._loops.settle()
             if step.pending is not None:
                 self._loops.not_a_step(step.pending)
+                for note in self.spent:
+                    note(step.pending)
             for task in list(self._session.open):
                 if task.known is step.known and task.adapter == "backward":
                     self._session.confirm(task)  # what moved this base by hand were inner loops
