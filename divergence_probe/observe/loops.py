@@ -449,6 +449,9 @@ class Loops:
         task.began = [
             weakref.ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
         ]
+        gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
+        if not own and copied is None and len(task.began) + gone == len(tensors):
+            models.note_begun_alike(known)
         thread.task = task
         self._in_place.began(task, pending.before, tensors)
         return task
@@ -481,6 +484,8 @@ class Loops:
         tensors = [reference() for reference in pending.inputs]
         known, positions = pending.named or named(self._session.models, tensors, pending.before)
         width = len(known.layout.parameters)
+        moved = [tensor for tensor in tensors if tensor is not None]
+        self._session.bases.difference_update(self._session.models.note_moved(moved))
         self._session.outer_step(
             known,
             spread(pending.before, positions, width),
