@@ -73,6 +73,7 @@ class Loops:
         self._in_place = Nesting(session)
         session.closing.append(self.close)
         session.restoring.append(self._restored)
+        session.starting.append(self.settle_outer)
 
     @property
     def pending(self) -> Pending | None:
@@ -309,6 +310,15 @@ class Loops:
             self._thread.follower.stop()
         return pending
 
+    def settle_outer(self) -> None:
+        """An outer step by hand that was seen is complete where a task begins without a gradient.
+
+        (A library's tasks do: its gradients are its own.)
+        """
+        pending = self._thread.pending
+        if pending is not None and pending.of_base and any(pending.writes):
+            self.settle()
+
     def settle(self, following: Sequence[Tensor] = ()) -> None:
         """Decide what the pending gradient was, given what the next one is taken of (if any)."""
         pending = self.take_pending()
@@ -437,6 +447,7 @@ class Loops:
             base=None if own else known,
             provisional=own or copied is not None,
             in_place=in_place,
+            writes_base=own,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         if own:

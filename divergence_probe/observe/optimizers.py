@@ -262,8 +262,7 @@ class Optimizers:
         pending = self._loops.pending
         if pending is None or pending.function != "backward" or not pending.reached(tensors):
             return None
-        if pending.of_base and any(pending.writes):
-            self._loops.settle()
+        self._loops.settle_outer()
         pending.function = "grad"
         return pending
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -224,7 +224,9 @@ class BaseMutated(Rule):
 
     ## What it does
     Compares the weights each task starts from with those the task before started from. Where they
-    differ and no outer step came between, the inner loop itself moved the base.
+    differ and no outer step came between, the inner loop itself moved the base. Steps that make new
+    tensors, or write into copies, can only have done so where a task begins with what the one
+    before left; other weights then are another model's, or were moved by hand.
 
     ## Why it is bad
     Tasks are no longer independent: each starts where the last one ended, at least in part.
@@ -315,6 +317,8 @@ class BaseMutated(Rule):
             return
         kept = known & _alike(start, ended)
         adapted = known & ~_alike(ended, earlier)
+        if facts is not None and _spares_the_base(facts.data) and not (kept & adapted).any():
+            return
         yield self._describe(frame, row, moved, kept, adapted)
 
     def _stepped_from(
@@ -364,6 +368,14 @@ class BaseMutated(Rule):
             fix="Adapt a copy: copy.deepcopy(net), or fast = [w - lr * g ...] without writing into "
             "the base.",
         )
+
+
+def _spares_the_base(data: Mapping[str, object]) -> bool:
+    """Whether a task's steps are seen to write into none of the tensors it began from."""
+    if "adapter" not in data:
+        return False
+    own = data.get("in_place") and not data.get("copied")
+    return not data.get("writes_base", own)
 
 
 def _alike(left: Array, right: Array) -> Flags:

@@ -186,7 +186,7 @@ FIRST_ORDER = (deep_copy, clones_replaced, clones_in_place, clones_in_an_optimiz
     ("task", "outer"),
     [
         *((task, ByOptimizer) for task in SECOND_ORDER + FIRST_ORDER),
-        *((task, ByHand) for task in SECOND_ORDER if task is not in_higher),
+        *((task, ByHand) for task in SECOND_ORDER),
     ],
 )
 def test_a_deep_copy_that_tasks_begin_from_is_moved_by_outer_steps(
