@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,6 +150,21 @@ class Forwards:
             for call in taken.normalizations
             if call.weight is None or ((w := call.weight()) is not None and weights(w))
         ]
+        return taken
+
+    def take_through(self, weights: Iterable[Tensor]) -> Forwards:
+        """Take out what a gradient can have come from through one of ``weights``; the rest stays.
+
+        (Those of an open task are foreign to a gradient of anything else: see ``split_for``.)
+        """
+        ids = set(map(id, weights))
+
+        def through(call: NormalizationCall) -> bool:
+            weight = call.weight() if call.weight is not None else None
+            return call.differentiable and id(weight) in ids
+
+        taken = Forwards([call for call in self.normalizations if through(call)])
+        self.normalizations = [call for call in self.normalizations if not through(call)]
         return taken
 
     def trim(self) -> None:

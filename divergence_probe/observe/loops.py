@@ -76,6 +76,7 @@ class Loops:
         self._in_place = Nesting(session)
         session.closing.append(self.close)
         session.restoring.append(self._restored)
+        session.starting.append(self.settle_outer)
 
     @property
     def pending(self) -> Pending | None:
@@ -383,6 +384,15 @@ class Loops:
             self._thread.follower.stop()
         return pending
 
+    def settle_outer(self) -> None:
+        """An outer step by hand that was seen is complete where a task begins without a gradient.
+
+        (A library's tasks do: its gradients are its own.)
+        """
+        pending = self._thread.pending
+        if pending is not None and pending.of_base and any(pending.writes):
+            self.settle()
+
     def settle(self, following: Sequence[Tensor] = ()) -> None:
         """Decide what the pending gradient was, given what the next one is taken of (if any)."""
         pending = self.take_pending()
@@ -519,6 +529,7 @@ class Loops:
             base=None if own else known,
             provisional=own or copied is not None,
             in_place=in_place,
+            writes_base=own,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         if own:
@@ -529,6 +540,9 @@ class Loops:
                 if tensor is not None and tensor.is_leaf:
                     models.note_begun(tensor)
         task.began = [ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)]
+        gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
+        if not own and copied is None and len(task.began) + gone == len(tensors):
+            models.note_begun_alike(known)
         thread.task = task
         self._in_place.began(task, pending.before, tensors)
         return task
@@ -561,6 +575,8 @@ class Loops:
         tensors = [reference() for reference in pending.inputs]
         known, positions = pending.named or named(self._session.models, tensors, pending.before)
         width = len(known.layout.parameters)
+        moved = [tensor for tensor in tensors if tensor is not None]
+        self._session.bases.difference_update(self._session.models.note_moved(moved))
         self._session.outer_step(
             known,
             spread(pending.before, positions, width),

@@ -106,6 +106,7 @@ class Models:
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._begun: dict[int, weakref.ref[Tensor]] = {}
+        self._alike: list[list[weakref.ref[Tensor]]] = []
         self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
     def register(self, model: nn.Module) -> KnownModel:
@@ -258,6 +259,46 @@ class Models:
         entry = self._begun.get(id(tensor))
         return entry is not None and entry() is tensor
 
+    def note_begun_alike(self, known: KnownModel) -> None:
+        """A task began from clones that show no origin, and that equal ``known``'s parameters.
+
+        What it is a base of may as well be a copy of ``known`` that has not moved yet, or what
+        ``known`` is a copy of. Until one of them moves each counts as the base; see
+        :meth:`note_moved`. What is made later (the clones of the next task) is none.
+        """
+        own = [tensor for r in known.parameters if (tensor := r()) is not None]
+        if all(map(self.begun, own)) or any(tensor.device.type != "cpu" for tensor in own):
+            return
+        alike = [t for model in list(self._by_model.values()) for t in _equals(model, own)]
+        ids = set(map(id, own))
+        for copied, origin in list(self._copies.values()):
+            copy, source = copied(), origin()
+            if copy is not None and source is not None and id(source) in ids:
+                alike += [copy] if torch.equal(copy, source) else []
+        fresh = [tensor for tensor in (*own, *alike) if not self.begun(tensor)]
+        for tensor in fresh:
+            self.note_begun(tensor)
+        self._alike.append([weakref.ref(tensor) for tensor in fresh])
+
+    def note_moved(self, tensors: Iterable[Tensor]) -> list[KnownModel]:
+        """An outer step moved ``tensors``: what was merely equal to them is no base.
+
+        Returns:
+            The models that were taken for one.
+        """
+        moved = set(map(id, tensors))
+        mistaken: list[Tensor] = []
+        for group in self._alike:
+            members = [tensor for r in group if (tensor := r()) is not None]
+            if any(id(tensor) in moved for tensor in members):
+                mistaken += [tensor for tensor in members if id(tensor) not in moved]
+                group.clear()
+        self._alike = [group for group in self._alike if group]
+        for tensor in mistaken:
+            self._begun.pop(id(tensor), None)
+        found = [place[0] for tensor in mistaken if (place := self.find(tensor)) is not None]
+        return list(dict.fromkeys(found))
+
     def stand_in(self, tensor: Tensor) -> tuple[KnownModel, int] | None:
         """The parameter ``tensor`` stood in for, if it did."""
         entry = self._stand_ins.get(id(tensor))
@@ -305,12 +346,9 @@ class Models:
             (m for m in self._modules() if shapes <= {p.shape for p in _parameters(m)}),
             key=lambda m: len(_parameters(m)),
         )
-        for module in candidates[:_MATCHES_TRIED]:
-            self.register(module)
-            matched = self.match(tensors)
-            if matched is not None:
-                return matched
-        return None
+        # (all of them: copies of one model are equal, and any may be the one that is meant)
+        registered = [self.register(module) for module in candidates[:_MATCHES_TRIED]]
+        return self.match(tensors, registered)
 
     def _skeleton(self, tensors: Sequence[Tensor]) -> nn.Module | None:
         """The innermost module on the meta device with parameters of these shapes in this order.
@@ -364,6 +402,16 @@ def _infos(module: nn.Module, values: Sequence[Tensor]) -> tuple[ParameterInfo, 
         describe(name, value, kinds.get(name.rpartition(".")[0], ""))
         for name, value in zip(names, values, strict=True)
     )
+
+
+def _equals(known: KnownModel, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters of a model that has as many as ``tensors``, with the same values."""
+    own = [tensor for r in known.parameters if (tensor := r()) is not None]
+    same = len(own) == len(tensors) and all(
+        a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(own, tensors, strict=True)
+    )
+    return own if same else []
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

@@ -73,10 +73,22 @@ class LayerNames:
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
                 name = self._name_by_weight(call, known, task)
             if name is None and module is not None:
+                name = self._unnamed.get(module) or self._name_elsewhere(module, known)
+            if name is None and module is not None:
                 name = self._unnamed.setdefault(
                     module, f"{type(module).__name__}[{len(self._unnamed)}]"
                 )
             call.name = name or f"batch_norm[{order}]"
+
+    def _name_elsewhere(self, module: nn.Module, known: KnownModel) -> str | None:
+        """The name of a layer in another model than the one whose gradient was taken.
+
+        (A loss may reach a learned optimizer only, through the weights it made for a model.)
+        """
+        found = self._models.owner(module)
+        if found is None or found[1] in known.module_names.values():
+            return None
+        return found[1]
 
     def _name_by_weight(
         self, call: NormalizationCall, known: KnownModel, task: Task | None

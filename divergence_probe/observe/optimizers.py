@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,10 @@ class Optimizers:
         self._nesting = Nesting(session)
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+        #: Bases that no gradient can have reached yet: without one, their step is none.
+        self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+        #: Called with the backward an outer step used, before that step is recorded.
+        self.spent: list[Callable[[Pending], None]] = []
         session.closing.append(self.close)
         session.restoring.append(self._restored)
 
@@ -172,24 +176,14 @@ class Optimizers:
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
         moved = base_among(self._session.bases, parameters)
-        begun = moved is None and any(map(self._session.models.begun, parameters))
-        base, positions = (
-            self._copied_from(parameters, pending) if moved is None and not begun else (None, [])
-        )
-        if base is not None:
-            known, outer = base, False
-        elif moved is not None:
+        base: KnownModel | None = None
+        if moved is not None:
             known, places = moved
             outer = True
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
-            equal = None if begun else self._equal_to_base(parameters)
-            known, positions = equal or named(self._session.models, parameters, parameters)
-            base = known if equal else None
-            outer = base is None and (
-                begun or known in self._session.bases or known in self._session.adapted_by_hand
-            )
+            known, positions, base, outer = self._identify(optimizer, parameters, pending)
         if pending is None and base is not None:
             self._check_base_weights(parameters)
         if pending is not None:
@@ -210,6 +204,32 @@ class Optimizers:
             base,
             facts.carried() if not outer else Carried(),
         )
+
+    def _identify(
+        self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
+    ) -> tuple[KnownModel, list[int], KnownModel | None, bool]:
+        """What parameters are that no base is known to have.
+
+        Returns:
+            The model that names them, their positions in it, the base they are copies of (if they
+            are), and whether to move them is an outer step.
+        """
+        session = self._session
+        if any(map(session.models.begun, parameters)):
+            known, positions = named(session.models, parameters, parameters)
+            return known, positions, None, True
+        task = self._tasks.get(optimizer)
+        if task is not None and not task.ended and _adapts(task, parameters):
+            # (clones that were named by value have other values by now)
+            return task.known, task.positions, task.base, False
+        copied, positions = self._copied_from(parameters, pending)
+        if copied is not None:
+            return copied, positions, copied, False
+        equal = self._equal_to_base(parameters)
+        known, positions = equal or named(session.models, parameters, parameters)
+        base = known if equal else None
+        moves_base = known in session.bases or known in session.adapted_by_hand
+        return known, positions, base, base is None and moves_base
 
     def _check_base_weights(self, parameters: list[Tensor]) -> None:
         """Copies are stepped without a gradient, after a backward that went into the originals."""
@@ -234,6 +254,19 @@ class Optimizers:
         pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
         return self._loops.take_pending()
 
+    def claim(self, tensors: Iterable[Tensor]) -> Pending | None:
+        """The waiting backward, if it reached any of ``tensors``, for a library's step to use.
+
+        An outer step by hand on what it reached may have preceded, or may still follow: so it goes
+        on waiting, but another backward is none that adds to it.
+        """
+        pending = self._loops.pending
+        if pending is None or pending.function != "backward" or not pending.reached(tensors):
+            return None
+        self._loops.settle_outer()
+        pending.function = "grad"
+        return pending
+
     def _end(self, step: _Step) -> None:
         after = snapshot(step.parameters, copy=True)
         width = len(step.known.layout.parameters)
@@ -241,15 +274,20 @@ class Optimizers:
             spread(values, step.positions, width) for values in (step.before, after, step.gradients)
         ]
         if step.outer and not self._declared_inner(step):
+            if step.known in self.untouched and all(g is None for g in step.gradients):
+                return
             self._loops.settle()
             if step.pending is not None:
                 self._loops.not_a_step(step.pending)
+                for note in self.spent:
+                    note(step.pending)
             for task in list(self._session.open):
                 if task.known is step.known and task.adapter == "backward":
                     self._session.confirm(task)  # what moved this base by hand were inner loops
             self._loops.end_task()
             self._nesting.outer_step()
             self._moved.add(step.known)
+            self._session.bases.difference_update(self._session.models.note_moved(step.parameters))
             self._session.outer_step(
                 step.known,
                 *columns,
@@ -338,6 +376,9 @@ class Optimizers:
             step.parameters,
             goes_on,
         )
+        others = all(step.known.position(parameter) is None for parameter in step.parameters)
+        if base is None and others and not task.provisional:
+            self._session.models.note_begun_alike(step.known)
         return task
 
     def _unchanged(self, task: Task, step: _Step) -> bool:
@@ -427,6 +468,15 @@ class Optimizers:
         for task in list(self._tasks.values()):
             if not task.ended:
                 self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+
+
+def _adapts(task: Task, parameters: Sequence[Tensor]) -> bool:
+    """Whether ``parameters`` are the very ones a task adapts, in its order."""
+    fast = [task.fast[place] for place in task.positions] if task.fast else []
+    return len(fast) == len(parameters) and all(
+        reference is not None and reference() is parameter
+        for reference, parameter in zip(fast, parameters, strict=True)
+    )
 
 
 def _facts(optimizer: Optimizer) -> OptimizerFacts:

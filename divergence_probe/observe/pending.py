@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -200,6 +200,16 @@ class Pending:
             tensor is None or tensor._version == self.versions.get(index)
             for index, tensor in enumerate(tensors)
         )
+
+    def reached(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether it gave any of ``tensors`` a gradient.
+
+        (Where an optimizer is known to take the step the leaves are not searched for: then it is
+        that optimizer's parameters.)
+        """
+        references = self.inputs or self.learned.optimizer or []
+        ids = set(map(id, tensors))
+        return any(id(reference()) in ids for reference in references)
 
     def is_input(self, tensor: Tensor) -> int | None:
         """Which input ``tensor`` is, by identity."""

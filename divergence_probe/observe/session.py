@@ -87,6 +87,7 @@ class Session:
         self.inner: tuple[Any, ...] = ()
         self.adapted_by_hand: set[KnownModel] = set()
         self.restoring: list[Callable[[Task], None]] = []
+        self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
         self.name_forwards = LayerNames(self.models).give
@@ -150,6 +151,8 @@ class Session:
             provisional: it may turn out to be ordinary training: hold it until :meth:`confirm`.
             data: facts for the ``task-start`` event.
         """
+        for starting in self.starting:
+            starting()
         provisional = provisional and self.label is None  # what the user calls a task is one
         task = Task(-1, known, adapter, site, width, base=base, provisional=provisional)
         names = {"adapter": adapter, "model": known.layout.model, "instance": known.serial}

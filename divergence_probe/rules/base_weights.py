@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,9 @@ class BaseMutated(Rule):
 
     ## What it does
     Compares the weights each task starts from with those the task before started from. Where they
-    differ and no outer step came between, the inner loop itself moved the base.
+    differ and no outer step came between, the inner loop itself moved the base. Steps that make new
+    tensors, or write into copies, can only have done so where a task begins with what the one
+    before left; other weights then are another model's, or were moved by hand.
 
     ## Why it is bad
     Tasks are no longer independent: each starts where the last one ended, at least in part.
@@ -97,7 +99,7 @@ class BaseMutated(Rule):
             if frame.outer[row]:
                 yield from self._stepped_from(frame, row, moved[number], places.ended[number])
             elif row not in others:
-                yield self._begun(frame, row, places, number)
+                yield from self._begun(frame, row, places, number)
         self._keep(frame, places)
 
     def _restores(self, frame: Frame) -> Iterator[Finding]:
@@ -178,14 +180,16 @@ class BaseMutated(Rule):
             fix="Adapt a copy: fast = [w - lr * g ...] without .data and without in-place writes.",
         )
 
-    def _begun(self, frame: Frame, row: int, places: _Places, number: int) -> Finding:
+    def _begun(self, frame: Frame, row: int, places: _Places, number: int) -> Iterator[Finding]:
         """A task that begins elsewhere than the one before."""
         start, earlier = places.start[number + 1], places.start[number]
         ended, measured = places.ended[number], places.measured()[number]
         moved = measured & ~_alike(start, earlier)
         kept = measured & _alike(start, ended)
         adapted = measured & ~_alike(ended, earlier)
-        return self._describe(frame, row, moved, kept, adapted)
+        facts = frame.tasks.get(int(frame.task[row]))
+        if facts is None or not _spares_the_base(facts.data) or (kept & adapted).any():
+            yield self._describe(frame, row, moved, kept, adapted)
 
     def _describe(
         self, frame: Frame, row: int, moved: Flags, kept: Flags, adapted: Flags
@@ -212,6 +216,14 @@ class BaseMutated(Rule):
             fix="Adapt a copy: copy.deepcopy(net), or fast = [w - lr * g ...] without writing into "
             "the base.",
         )
+
+
+def _spares_the_base(data: Mapping[str, object]) -> bool:
+    """Whether a task's steps are seen to write into none of the tensors it began from."""
+    if "adapter" not in data:
+        return False
+    own = data.get("in_place") and not data.get("copied")
+    return not data.get("writes_base", own)
 
 
 def _layout(frame: Frame) -> tuple[int, int]:

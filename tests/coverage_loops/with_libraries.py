@@ -271,7 +271,33 @@ def _learn2learn() -> Found:
     found.append(("clone of a clone", "second", "MAML", partial(_learners, make=maml, nested=True)))
     gbml = partial(_scaled_gbml, l2l.algorithms.GBML, transform)
     found.append(("`clone`, `adapt`", "second", "GBML", partial(_learners, make=gbml)))
+    scale = l2l.optim.ModuleTransform(l2l.nn.Scale)
+    for steps, style in ((1, "outer step after each"), (STEPS, "several steps a task")):
+        loop = partial(_hypergradient, transform=scale, steps=steps)
+        found.append((f"hypergradient, {style}", "second", "LearnableOptimizer", loop))
     return found
+
+
+def _hypergradient(notes: Notes, transform: Callable[..., Any], steps: int) -> None:
+    """The learned optimizer is stepped after so many of its own steps: they are a task."""
+    import learn2learn as l2l
+
+    net = Net(batch_norm=True)
+    inner = l2l.optim.LearnableOptimizer(net, transform, lr=RATE).double()
+    outer = torch.optim.SGD(inner.parameters(), lr=1e-3)
+    for number in range(steps * TASKS):
+        x, y = batch()
+        inner.zero_grad()
+        loss = F.mse_loss(net(x), y)
+        loss.backward()
+        if number % steps == 0:
+            # before the very first step there is no gradient: the optimizer has done nothing yet
+            notes.task()
+            outer.step()
+            outer.zero_grad()
+        before = notes.values(named(net))
+        inner.step()
+        notes.step(loss, before, named(net))
 
 
 def _scaled_gbml(gbml: Any, transform: Callable[..., Any], net: nn.Module) -> Any:

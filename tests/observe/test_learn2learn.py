@@ -169,19 +169,3 @@ def test_everything_is_restored():
         assert l2l.algorithms.MAML.adapt is not before[0][1]
 
     assert [(c.clone, c.adapt) for c in (l2l.algorithms.MAML, l2l.algorithms.MetaSGD)] == before
-
-
-def test_a_learnable_optimizer_is_said_not_to_be_followed():
-    model = torch.nn.Linear(4, 1)
-    transform = l2l.optim.ModuleTransform(torch.nn.Linear)
-    optimizer = l2l.optim.LearnableOptimizer(model, transform, lr=0.1)
-    with divergence_probe.attach() as probe:
-        for _ in range(4):
-            x = torch.randn(8, 4)
-            optimizer.zero_grad()
-            F.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
-            optimizer.step()
-
-    incomplete = " ".join(probe.diagnosis.summary.incomplete)
-    assert "LearnableOptimizer are not followed" in incomplete
-    assert "learn2learn" in incomplete and probe.failure is None

@@ -388,3 +388,55 @@ def test_a_base_copied_from_a_living_model_is_moved_by_hand() -> None:
     summary = probe.diagnosis.summary
     assert (summary.tasks, summary.inner_steps, summary.outer_steps) == (12, 24, 3)
     assert len(list(net.parameters())) == 4
+
+
+@pytest.mark.parametrize("cloned", [True, False])
+def test_agents_that_look_ahead_at_each_other_move_no_base(cloned: bool) -> None:
+    """LOLA: each adapts the other's weights, and only the two outer optimizers move any."""
+    torch.manual_seed(0)
+    agents = [torch.randn(5, requires_grad=True) for _ in range(2)]
+    outers = [torch.optim.SGD([agent], lr=0.1) for agent in agents]
+    payoff = torch.randn(5, 5)
+
+    def loss(own: Tensor, other: Tensor) -> Tensor:
+        return -torch.sigmoid(own) @ payoff @ torch.sigmoid(other)
+
+    def looked_ahead(own: Tensor, other: Tensor) -> Tensor:
+        fast = other.clone() if cloned else other
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss(fast, own), fast, create_graph=True)
+            fast = fast - 0.3 * gradient
+        return loss(own, fast)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            losses = [looked_ahead(*agents), looked_ahead(*agents[::-1])]
+            for outer, value in zip(outers, losses, strict=True):
+                outer.zero_grad()
+                value.backward(retain_graph=True, inputs=outer.param_groups[0]["params"])
+            for outer in outers:
+                outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (8, 16)
+    assert "BASE001" not in codes(probe) and probe.failure is None
+
+
+def test_a_base_moved_by_hand_with_the_copies_gradients_is_not_the_inner_loops_doing() -> None:
+    """First order MAML whose outer step is written into the base: no gradient is taken of it."""
+    net = nn.Linear(3, 2)
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            learner = copy.deepcopy(net)
+            inner = torch.optim.SGD(learner.parameters(), lr=RATE)
+            x, y = torch.randn(8, 3), torch.randn(8, 2)
+            for _ in range(2):
+                inner.zero_grad()
+                F.mse_loss(learner(x), y).backward()
+                inner.step()
+            query = torch.autograd.grad(F.mse_loss(learner(x), y), list(learner.parameters()))
+            for parameter, gradient in zip(net.parameters(), query, strict=True):
+                parameter.data -= 0.1 * gradient
+
+    assert probe.diagnosis.summary.tasks == 4
+    assert "BASE001" not in codes(probe) and probe.failure is None

@@ -140,3 +140,22 @@ def test_a_restore_without_effect(site):
     assert (finding.cause, finding.severity) == ("base-mutated", Severity.WARNING)
     assert "deepcopy" in finding.fix and bool(finding.marks) == bool(site)
     assert silent("BASE001", make(inner(), events=[event]))  # a state saved just before it
+
+
+@pytest.mark.parametrize(
+    "facts", [{"in_place": False}, {"in_place": True, "copied": True}, {"writes_base": False}]
+)
+def test_steps_that_write_into_no_base_move_none(facts):
+    """Weights of another agent, or a base that was moved by hand: what began was not written to."""
+    events = [start(index, adapter="autograd.grad", **facts) for index in (0, 1)]
+
+    assert silent("BASE001", make(task(0, 10, 12), task(1, 11, 13), events=events))
+    carried = one("BASE001", make(task(0, 10, 12), task(1, 12, 14), events=events))
+    assert carried.task == 1  # through another name of the same memory, say
+
+
+@pytest.mark.parametrize("facts", [{"in_place": True}, {"in_place": True, "writes_base": True}])
+def test_steps_that_write_into_the_base_may_have_moved_it(facts):
+    events = [start(index, adapter="backward", **facts) for index in (0, 1)]
+
+    assert one("BASE001", make(task(0, 10, 12), task(1, 11, 13), events=events))

@@ -27,15 +27,13 @@ LIBRARY = "learn2learn"
 
 
 def install(patches: Patches, session: Session) -> None:
-    """Watch ``MAML``, ``MetaSGD`` and ``GBML``; say so where a ``LearnableOptimizer`` is used."""
+    """Watch ``MAML``, ``MetaSGD`` and ``GBML``."""
     from learn2learn import algorithms
-    from learn2learn.optim import LearnableOptimizer
 
     watch = _Learners(session)
     for learner in (algorithms.MAML, algorithms.MetaSGD, algorithms.GBML):
         patches.set_attribute(learner, "clone", watch.clone)
         patches.set_attribute(learner, "adapt", watch.adapt)
-    patches.set_attribute(LearnableOptimizer, "step", watch.learnable)
 
 
 class _Learners:
@@ -47,20 +45,6 @@ class _Learners:
         self.known: weakref.WeakKeyDictionary[nn.Module, KnownModel] = weakref.WeakKeyDictionary()
         self.gone: list[Task] = []
         session.closing.append(self._finish_gone)
-
-    def learnable(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A step that replaces the model's own parameters, one long loop without tasks."""
-
-        def step(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.session.guard.watching:
-                with self.session.guard.work():
-                    self.session.unseen(
-                        "Steps of learn2learn's LearnableOptimizer are not followed; record them "
-                        "with probe.step() to have them judged."
-                    )
-            return original(self_, *args, **kwargs)
-
-        return step
 
     def clone(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A copy of a learner is made: a task begins, on the weights of the one it copies."""
