@@ -67,7 +67,7 @@ class LossCall:
     """One scalar loss that was computed: the user's tensor by identity, and its value if known."""
 
     tensor: weakref.ref[Tensor]
-    value: Tensor | None
+    value: Number
     order: int
 
 
@@ -101,7 +101,7 @@ class Forwards:
         return self if self.normalizations or self.dropouts else NO_FORWARDS
 
     @property
-    def loss(self) -> Tensor | None:
+    def loss(self) -> Number:
         """The last loss computed, or None."""
         return self.losses[-1].value if self.losses else None
 

@@ -18,10 +18,7 @@ from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import leaves
-
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._are_functorch_transforms_active
+from divergence_probe.observe.tensors import in_plain_torch, leaves
 
 
 class Taken:
@@ -281,11 +278,6 @@ class _Autograd(GradientCalls):
             return [inputs] if isinstance(inputs, Tensor) else list(inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         return leaves(tuple(output for output in outputs if isinstance(output, Tensor)))
-
-
-def in_plain_torch() -> bool:
-    """Whether nothing stands between us and plain tensors: no function mode, no transform."""
-    return not (_function_modes() or _transforms())
 
 
 def first_tensor(outputs: Any) -> Tensor | None:

@@ -340,8 +340,10 @@ class Loops:
         if pending.function == "backward":
             pending.gradients = snapshot(gradients, copy=True)
             pending.flags |= FLAGS["accumulated"]
-            if isinstance(pending.loss, Tensor) and loss is not None and loss.numel() == 1:
-                pending.loss = pending.loss + loss.detach()
+            total = pending.loss
+            pending.set_loss(loss)
+            both = total is not None and pending.loss is not None
+            pending.loss = total + pending.loss if both else total  # type: ignore[operator]
             return
         pending.learned.piecewise = True
         before, made = list(pending.before), list(pending.gradients)
@@ -609,9 +611,9 @@ class Loops:
         inputs = [reference() for reference in pending.inputs]
         if pending.flags & FLAGS["second_order"] or any(tensor is None for tensor in inputs):
             return  # (what a transform wrapped for the call is gone, and its point with it)
-        if not isinstance(loss, Tensor) or loss.device.type != "cpu" or loss.numel() != 1:
-            return
-        key = (pending.site, tuple(map(id, inputs)), float(loss))
+        if not isinstance(loss, float):
+            return  # it would be waited for, or is that of several tasks
+        key = (pending.site, tuple(map(id, inputs)), loss)
         thread.repeated = thread.repeated + 1 if key == thread.unused else 1
         thread.unused = key
         if thread.repeated == _REPETITIONS:

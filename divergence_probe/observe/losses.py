@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from divergence_probe.observe.capture import LossCall, next_order
+from divergence_probe.observe.capture import LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import physical
+from divergence_probe.observe.tensors import in_plain_torch, physical
 
 _LOSSES = (
     F.cross_entropy,
@@ -49,15 +49,27 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         finally:
             state.inside -= 1
-        if state.transform and isinstance(result, Tensor):  # whose value the gradient brings
-            losses = session.current_forwards().losses
-            losses.append(LossCall(weakref.ref(result), None, next_order()))
-        elif isinstance(result, Tensor):
-            with state:
-                if result.numel() == 1:
-                    value = physical(result)[0].detach()
-                    call = LossCall(weakref.ref(result), value, next_order())
-                    session.current_forwards().losses.append(call)
+        if isinstance(result, Tensor):
+            _note(session, result)
         return result
 
     return loss
+
+
+def _note(session: Session, loss: Tensor) -> None:
+    """Note a loss with its value: known without waiting, or by the gradient, or kept for later."""
+    state = session.guard.state
+    if type(loss) is Tensor and loss.is_cpu and in_plain_torch():
+        if loss.numel() == 1:
+            _keep(session, loss, loss.item())
+    elif state.transform:
+        _keep(session, loss, None)
+    else:
+        with state:
+            if loss.numel() == 1:
+                _keep(session, loss, physical(loss)[0].detach())
+
+
+def _keep(session: Session, loss: Tensor, value: Number) -> None:
+    call = LossCall(weakref.ref(loss), value, next_order())
+    session.current_forwards().losses.append(call)

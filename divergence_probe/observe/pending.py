@@ -13,7 +13,7 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.recital import Heard, Recital, Script
 from divergence_probe.observe.snapshot import shapes_of
-from divergence_probe.observe.tensors import physical
+from divergence_probe.observe.tensors import physical, waits_for_nothing
 
 if TYPE_CHECKING:
     from divergence_probe.observe.task import Task
@@ -147,9 +147,14 @@ class Pending:
 
     def set_loss(self, loss: Tensor | None) -> None:
         """Note what the gradient was taken of, and its value where it is a single number."""
-        self.loss_of = weakref.ref(loss) if loss is not None else None
-        scalar = loss is not None and loss.numel() == 1
-        self.loss = physical(loss)[0].detach() if loss is not None and scalar else None
+        self.loss = self.loss_of = None
+        if loss is not None:
+            self.loss_of = weakref.ref(loss)
+            if loss.numel() == 1:
+                value = physical(loss)[0]
+                known = waits_for_nothing(value) and value.numel() == 1
+                known &= value.is_floating_point()
+                self.loss = value.item() if known else value.detach()
 
     def expect_evidence(self) -> None:
         """Make room for what is seen of each input; empty as long as nothing is followed."""

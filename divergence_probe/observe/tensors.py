@@ -13,6 +13,15 @@ from torch._C._functorch import (
     maybe_get_bdim,
 )
 
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+
+
+def in_plain_torch() -> bool:
+    """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
+    return not (_function_modes() or _transforms() or _dispatch_modes())
+
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under every functorch wrapper: safe to keep and to measure."""

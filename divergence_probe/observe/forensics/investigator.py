@@ -115,7 +115,7 @@ class Investigator:
             return False
         if loss is None or not loss.is_cpu or loss.numel() != 1:
             return True
-        return math.isfinite(loss.item())
+        return loss.is_floating_point() and math.isfinite(loss.item())
 
     def passed(
         self, site: int, inputs: Sequence[Tensor], task: Task, before: int, after: int
