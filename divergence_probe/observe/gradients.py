@@ -13,6 +13,8 @@ from torch import Tensor
 
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
+from divergence_probe.observe.forensics.inputs import made_by
+from divergence_probe.observe.forensics.windows import Window
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
@@ -200,7 +202,8 @@ class _Autograd(GradientCalls):
         with work:
             task = self._loops.went_on(outputs, inputs, result)
             if task is not None:
-                self._forensics.passed(site, inputs, task, before, sequence_number())
+                window = Window(site, made_by(inputs), before, sequence_number())
+                self._forensics.passed(window, task, task.steps)
         return result
 
     def _tapped(

@@ -13,7 +13,7 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.recital import Heard, Recital, Script
 from divergence_probe.observe.snapshot import shapes_of
-from divergence_probe.observe.tensors import physical, waits_for_nothing
+from divergence_probe.observe.tensors import is_number_at_hand, physical
 
 if TYPE_CHECKING:
     from divergence_probe.observe.task import Task
@@ -152,9 +152,7 @@ class Pending:
             self.loss_of = weakref.ref(loss)
             if loss.numel() == 1:
                 value = physical(loss)[0]
-                known = waits_for_nothing(value) and value.numel() == 1
-                known &= value.is_floating_point()
-                self.loss = value.item() if known else value.detach()
+                self.loss = value.item() if is_number_at_hand(value) else value.detach()
 
     def expect_evidence(self) -> None:
         """Make room for what is seen of each input; empty as long as nothing is followed."""

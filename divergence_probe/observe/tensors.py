@@ -83,6 +83,11 @@ def waits_for_nothing(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def is_number_at_hand(tensor: Tensor) -> bool:
+    """Whether a plain tensor is a single real number that can be read without waiting for it."""
+    return waits_for_nothing(tensor) and tensor.numel() == 1 and tensor.is_floating_point()
+
+
 def carries_graph(tensor: Tensor) -> bool:
     """Whether something outside can still differentiate through ``tensor``.
 

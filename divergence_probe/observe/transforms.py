@@ -11,6 +11,8 @@ from torch._functorch import eager_transforms
 from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.forensics.checking_mode import sequence_number
+from divergence_probe.observe.forensics.inputs import made_by
+from divergence_probe.observe.forensics.windows import Window
 from divergence_probe.observe.gradients import GradientCalls, first_tensor
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
@@ -86,7 +88,8 @@ class _Transforms(GradientCalls):
                 value, made = result[1][0] if has_aux else result[1], _tensors(result[0])
                 task = self._loops.went_on(value, inputs, made) if expected else None
                 if task is not None:
-                    self._forensics.passed(site, inputs, task, inside.before, inside.after)
+                    window = Window(site, made_by(inputs), inside.before, inside.after)
+                    self._forensics.passed(window, task, task.steps)
                 else:
                     self._open(site, "func", value, inputs)
                     self._note(site, "func", value, inputs, made)

@@ -117,21 +117,27 @@ class Investigator:
             return True
         return loss.is_floating_point() and math.isfinite(loss.item())
 
-    def passed(
-        self, site: int, inputs: Sequence[Tensor], task: Task, before: int, after: int
-    ) -> None:
-        """A gradient was taken where all is calm, the next step of a known loop.
+    def has_looked(self, site: int) -> bool:
+        """Whether the operations behind a line's gradient were looked through once."""
+        return site in self._risky
+
+    def passed(self, window: Window, task: Task, step: int, ended: int = -1) -> None:
+        """A gradient was taken where all is calm: a step of a known loop, or a library's.
 
         Args:
-            site: number of the user's line.
-            inputs: what it was taken of.
-            task: which it goes on with; all steps before this one are recorded.
-            before: the next autograd node's number when it began.
-            after: the same when it ended.
+            window: of the call.
+            task: which it goes on with.
+            step: which of its steps it is.
+            ended: where the update is made by now, the number of the next node after it.
         """
-        window = Window(site, made_by(inputs), before, after)
-        self._belongs(window, task)
-        self._case.windows.open(window)
+        windows = self._case.windows
+        last = windows.last
+        if last is not None and last.belongs is None and step:
+            last.task, last.step = task, step - 1
+        window.task, window.step = task, step
+        windows.open(window)
+        if ended >= 0:
+            windows.update_lengths[window.site] = ended - window.after
 
     @property
     def watches(self) -> bool:
@@ -355,11 +361,11 @@ class Investigator:
         if task is None:
             return
         window.task = task
-        window.step = steps = task.steps
+        window.step = task.steps
         last = self._case.windows.last
-        if last is not None and last is not window and last.belongs is None and steps:
+        if last is not None and last is not window and last.task is None and task.steps:
             last.task = task
-            last.step = steps - 1
+            last.step = task.steps - 1
 
     def _task_of(self, inputs: Inputs) -> Task | None:
         """The open task whose fast weights these are."""

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.capture import NO_FORWARDS, Forwards
 from divergence_probe.observe.forensics import investigator_of
+from divergence_probe.observe.forensics.checking_mode import sequence_number
+from divergence_probe.observe.forensics.inputs import Names, made_by
+from divergence_probe.observe.forensics.windows import Window
+from divergence_probe.observe.guard import ThreadState
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.norms import norms
 from divergence_probe.observe.optimizer_facts import Carried, learning_rate_of, state_values
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, snapshot
+from divergence_probe.observe.snapshot import Values, pair, snapshot
 from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import is_number_at_hand
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
@@ -140,60 +146,78 @@ class _Higher:
             if task is None or task.ended:
                 return original(self_, loss, params, override, grad_callback, **kwargs)
             callback = grad_callback if grad_callback is not None else self_._grad_callback
-            seen: list[Any] = []
+            params = list(params) if params is not None else None
+            taken = _Taken(loss, self.session.guard.state)
             forensics = investigator_of(self.session)
 
             def read(gradients: Any) -> Any:
                 applied = callback(gradients) if callback is not None else gradients
-                seen.extend((gradients, applied))
-                forensics.gradient_taken()
+                taken.gradients, taken.applied = gradients, applied
+                taken.after = sequence_number()
+                if not taken.calm:
+                    forensics.gradient_taken()
                 return applied
 
-            params = list(params) if params is not None else None
-            with guard.work():
-                before = list(params if params is not None else self_._fmodel.fast_params)
-                forwards = _take(self.session, task)
-                if (site := self.session.sites.here()) >= 0:
-                    task.data["step_site"] = site
-                names = list(enumerate(info.name for info in task.known.layout.parameters))
-                forensics.before(site, loss, before, task, lambda _: names, library=True)
-            with guard.gradient_call():
+            with taken.work:
+                self._open(taken, task, params if params is not None else self_._fmodel.fast_params)
+            taken.work.gradient += 1
+            try:
                 result = original(self_, loss, params, override, read, **kwargs)
-            with guard.work():
-                self._record(self_, task, before, list(result), seen, loss, forwards)
-                forensics.after(loss, before, seen[0], lambda _: names)
+            finally:
+                taken.work.gradient -= 1
+            with taken.work:
+                self._record(self_, task, taken, list(result))
             return result
 
         return step
 
-    def _record(
-        self,
-        optimizer: Any,
-        task: Task,
-        before: list[Tensor],
-        after: list[Tensor],
-        seen: list[Any],
-        loss: Tensor,
-        forwards: Forwards,
-    ) -> None:
-        raw = [g if g is None or g.numel() else None for g in seen[0]]
+    def _open(self, taken: _Taken, task: Task, parameters: Iterable[Tensor]) -> None:
+        """A step is about to be taken of ``parameters``."""
+        session, forensics = self.session, investigator_of(self.session)
+        taken.before = list(parameters)
+        taken.forwards = _take(session, task)
+        taken.site = session.sites.here()
+        if taken.site >= 0:
+            task.data["step_site"] = taken.site
+        taken.calm = not taken.work.transformed and forensics.calm(taken.site, taken.loss)
+        taken.calm &= forensics.has_looked(taken.site)
+        if taken.calm:
+            taken.number = sequence_number()
+        else:
+            forensics.before(
+                taken.site, taken.loss, taken.before, task, _names_in(task), library=True
+            )
+
+    def _record(self, optimizer: Any, task: Task, taken: _Taken, after: list[Tensor]) -> None:
+        raw = [g if g is None or g.numel() else None for g in taken.gradients]
         flags = 0
-        if any(g is not None and g.requires_grad for g in seen[1]):
+        if any(g is not None and g.requires_grad for g in taken.applied):
             flags |= FLAGS["second_order"]
-        if seen[1] is not seen[0] and _changed(seen[0], seen[1]):
-            flags |= FLAGS["clippable"] | (FLAGS["clipped"] if _shrunk(seen[0], seen[1]) else 0)
+        if taken.applied is not taken.gradients and _changed(taken.gradients, taken.applied):
+            shrunk = _shrunk(taken.gradients, taken.applied)
+            flags |= FLAGS["clippable"] | (FLAGS["clipped"] if shrunk else 0)
+        before = _values(task, taken.before)
+        values, gradients = pair(after, raw, (False, False), like=before)
+        loss = taken.loss
         self.session.step(
             task,
-            _values(task, before),
-            snapshot(after, copy=False),
-            snapshot(raw, copy=False),
-            loss=loss.detach(),
+            before,
+            values,
+            gradients,
+            loss=loss.item() if is_number_at_hand(loss) else loss.detach(),
             learning_rate=learning_rate_of(optimizer.param_groups),
             site=task.data.get("step_site", -1),
-            forwards=forwards,
+            forwards=taken.forwards,
             flags=flags,
         )
-        task.fast = [weakref.ref(tensor) for tensor in after]
+        task.fast = list(map(weakref.ref, after))
+        forensics = investigator_of(self.session)
+        if taken.calm:
+            window = Window(taken.site, made_by(taken.before), taken.number, taken.after)
+            window.library = True
+            forensics.passed(window, task, task.steps - 1, sequence_number())
+        else:
+            forensics.after(loss, taken.before, taken.gradients, _names_in(task))
 
     def context(self, original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         """``innerloop_ctx`` ends its task when the ``with`` block does."""
@@ -217,6 +241,40 @@ class _Higher:
         return innerloop
 
 
+@dataclass(slots=True)
+class _Taken:
+    """A step while it is taken.
+
+    Attributes:
+        loss: what its gradient is taken of.
+        work: the thread's state, for our own work.
+        before: the parameters, the user's own.
+        forwards: what ran forward for it.
+        site: number of the user's line.
+        calm: whether nothing is seen to be wrong with it.
+        gradients: as they were taken.
+        applied: as the user's callback left them.
+        number: the next autograd node's number when it began.
+        after: the same when the gradient was there, before the update.
+    """
+
+    loss: Tensor
+    work: ThreadState
+    before: list[Tensor] = field(default_factory=list)
+    forwards: Forwards = field(default_factory=lambda: NO_FORWARDS)
+    site: int = -1
+    calm: bool = False
+    gradients: Any = ()
+    applied: Any = ()
+    number: int = -1
+    after: int = -1
+
+
+def _names_in(task: Task) -> Names:
+    names = list(enumerate(info.name for info in task.known.layout.parameters))
+    return lambda _: names
+
+
 def _values(task: Task, before: list[Tensor]) -> Values:
     """Parameters before a step: what the step before made, where it is the same."""
     same = len(task.fast) == len(before) and all(
@@ -228,6 +286,11 @@ def _values(task: Task, before: list[Tensor]) -> Values:
 
 
 def _take(session: Session, task: Task) -> Forwards:
+    loose = session.loose.forwards
+    if task.forwards.only_a_loss and loose.only_a_loss:  # a step's loss is known by itself
+        task.forwards.losses.clear()
+        loose.losses.clear()
+        return NO_FORWARDS
     taken = task.forwards.take()
     taken.losses += session.loose.forwards.take().losses
     return taken
