@@ -152,7 +152,11 @@ def _differences(step: Step, row: _Row) -> tuple[str, str]:
         theirs = _as_named(theirs, mine)
         for name, value in mine.items():
             other = theirs.get(name, math.nan)
-            if math.isnan(other):
+            if math.isnan(value):  # the loop's own number, on some processors
+                wrong = (
+                    wrong if math.isnan(other) else wrong or f"{what} {name} {other:.9g} for nan"
+                )
+            elif math.isnan(other):
                 absent = absent or f"{what} {name} missing"
             elif not math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=1e-12):
                 wrong = wrong or f"{what} {name} {other:.9g} for {value:.9g}"

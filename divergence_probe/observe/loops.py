@@ -154,7 +154,10 @@ class Loops:
         pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
         pending.before = cast(Sequence[Tensor], values)
         pending.gradients = slopes
-        pending.flags = FLAGS["second_order"] if any(map(carries_graph, _there(gradients))) else 0
+        first = gradients[0]
+        graph = first is not None and first.requires_grad
+        graph = graph or any(map(carries_graph, _there(gradients)))
+        pending.flags = FLAGS["second_order"] if graph else 0
         pending.set_loss(loss)
         forwards = session.loose.forwards
         if forwards.only_a_loss:

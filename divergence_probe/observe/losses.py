@@ -39,8 +39,10 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     guard = session.guard
 
     def loss(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
         state = guard.state
-        if state.inside or state.own or not guard.active or torch.compiler.is_compiling():
+        if state.inside or state.own or not guard.active:
             return original(*args, **kwargs)
         if state.on_stack is not None:
             state.on_stack()  # before torch asks whether there is a mode
@@ -49,7 +51,10 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         finally:
             state.inside -= 1
-        if isinstance(result, Tensor):
+        if type(result) is Tensor and in_plain_torch() and result.is_cpu:
+            if result.numel() == 1:
+                _keep(session, result, result.item())
+        elif isinstance(result, Tensor):
             _note(session, result)
         return result
 
@@ -57,12 +62,9 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _note(session: Session, loss: Tensor) -> None:
-    """Note a loss with its value: known without waiting, or by the gradient, or kept for later."""
+    """Note a loss whose value the gradient around it will bring, or is to be read later."""
     state = session.guard.state
-    if type(loss) is Tensor and loss.is_cpu and in_plain_torch():
-        if loss.numel() == 1:
-            _keep(session, loss, loss.item())
-    elif state.transform:
+    if state.transform:
         _keep(session, loss, None)
     else:
         with state:

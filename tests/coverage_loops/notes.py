@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TASKS, STEPS, RATE = 2, 3, 0.05
+#: Meta-batches: enough for a loop to be learned, and then to be known by heart.
+ROUNDS = 6
 NAMES = ("first.weight", "first.bias", "second.weight", "second.bias")
 
 
@@ -87,7 +89,7 @@ def functional_loop(notes: Notes, update: Update, second_order: bool) -> None:
     """MAML over a list of tensors: ``update`` gives the next ones."""
     net = Net()
     outer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    for _ in range(2):
+    for _ in range(ROUNDS):
         outer.zero_grad()
         for _ in range(TASKS):
             notes.task()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 
-from tests.coverage_loops.notes import RATE, STEPS, TASKS, Net, Notes, batch, forward, named
+from tests.coverage_loops.notes import RATE, ROUNDS, STEPS, TASKS, Net, Notes, batch, forward, named
 
 Weights = dict[str, Tensor]
 
@@ -20,7 +20,7 @@ def _outer(notes: Notes, adapt: Callable[[Net, Weights, Tensor, Tensor], Weights
     """MAML around ``adapt``, which takes one step and gives the next weights."""
     net = Net()
     outer = torch.optim.SGD(net.parameters(), lr=1e-2)
-    for _ in range(2):
+    for _ in range(ROUNDS):
         outer.zero_grad()
         for _ in range(TASKS):
             notes.task()

@@ -1,0 +1,252 @@
+"""Loops that are known by heart: what is asked less often must not be seen less well."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import divergence_probe
+from divergence_probe.observe.following import Follower
+from divergence_probe.observe.loops import Loops
+from tests import coverage_matrix
+from tests.coverage_loops.notes import RATE, Net, Notes, batch, forward
+
+TASKS, STEPS = 14, 5
+Fast = list[Tensor]
+Update = Callable[[int, int, Fast, Sequence[Tensor]], Fast]
+
+
+def plain(task: int, step: int, fast: Fast, gradients: Sequence[Tensor]) -> Fast:
+    return [w - RATE * g for w, g in zip(fast, gradients, strict=True)]
+
+
+def clipped_when_large(task: int, step: int, fast: Fast, gradients: Sequence[Tensor]) -> Fast:
+    """Another operation in the last step of some later tasks, as a clip that becomes active."""
+    if task in (9, 10) and step == STEPS - 1:
+        gradients = [g.clamp(-1e-3, 1e-3) for g in gradients]
+    return plain(task, step, fast, gradients)
+
+
+def half_of_it_otherwise(task: int, step: int, fast: Fast, gradients: Sequence[Tensor]) -> Fast:
+    """The first weights are updated as always, the others in another way."""
+    updated = plain(task, step, fast, gradients)
+    if task == 9:
+        others = zip(fast[2:], gradients[2:], strict=True)
+        updated[2:] = [torch.add(w, g, alpha=-RATE) for w, g in others]
+    return updated
+
+
+def without_graph_once(task: int, step: int, fast: Fast, gradients: Sequence[Tensor]) -> Fast:
+    if task == 9:
+        with torch.no_grad():
+            updated = plain(task, step, fast, gradients)
+        return [w.requires_grad_() for w in updated]
+    return plain(task, step, fast, gradients)
+
+
+def loop(
+    notes: Notes, update: Update = plain, steps: Callable[[int], int] = lambda task: STEPS
+) -> list[Tensor]:
+    """MAML over a list; returns its losses."""
+    net = Net()
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses = []
+    for task in range(TASKS):
+        notes.task()
+        outer.zero_grad()
+        x, y = batch()
+        fast: Fast = list(net.parameters())
+        for step in range(steps(task)):
+            loss = F.mse_loss(forward(fast, x), y)
+            before = notes.values(fast)
+            gradients = torch.autograd.grad(loss, fast, create_graph=True)
+            fast = update(task, step, fast, gradients)
+            notes.step(loss, before, fast)
+            losses.append(loss.detach())
+        query = F.mse_loss(forward(fast, x), y)
+        query.backward()
+        losses.append(query.detach())
+        outer.step()
+    return losses
+
+
+def watched(run: Callable[[Notes], object]) -> tuple[Notes, divergence_probe.Probe, object]:
+    torch.manual_seed(0)
+    notes = Notes()
+    with divergence_probe.attach() as probe:
+        result = run(notes)
+    assert probe.failure is None
+    return notes, probe, result
+
+
+@pytest.mark.parametrize(
+    "update", [plain, clipped_when_large, half_of_it_otherwise, without_graph_once]
+)
+def test_every_step_is_exact_whatever_comes_instead_of_the_known_update(update: Update) -> None:
+    notes, probe, _ = watched(lambda notes: loop(notes, update))
+
+    result = coverage_matrix.compare(notes, probe.recording)
+
+    assert (result.verdict, result.detail) == ("exact", "")
+    assert not probe.diagnosis.summary.incomplete
+
+
+@pytest.mark.parametrize("other", [STEPS + 2, STEPS + 1])
+def test_a_task_longer_than_those_before_is_exact(other: int) -> None:
+    notes, probe, _ = watched(
+        lambda notes: loop(notes, steps=lambda task: other if task == 9 else STEPS)
+    )
+
+    assert coverage_matrix.compare(notes, probe.recording).verdict == "exact"
+
+
+def test_a_task_shorter_than_those_before_owns_up_to_its_last_step() -> None:
+    notes, probe, _ = watched(lambda notes: loop(notes, steps=lambda task: 3 if task == 9 else 5))
+
+    assert coverage_matrix.compare(notes, probe.recording).verdict == "incomplete"
+    assert "1 of 68 inner steps" in " ".join(probe.diagnosis.summary.incomplete)
+
+
+def test_numbers_and_random_draws_are_the_same() -> None:
+    torch.manual_seed(0)
+    bare, draws = loop(Notes()), torch.get_rng_state()
+
+    _, _, seen = watched(loop)
+
+    assert isinstance(seen, list) and all(map(torch.equal, bare, seen))
+    assert torch.equal(draws, torch.get_rng_state())
+
+
+def test_a_known_loop_is_not_followed_through_its_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[int] = []
+    expected: list[int] = []
+    tasks: list[int] = []
+    look, went_on = Follower._look, Loops.went_on
+
+    def counting(self: Follower, *args: object) -> None:
+        looks.append(len(tasks))
+        look(self, *args)  # type: ignore[arg-type]
+
+    def counted(self: Loops, *args: object) -> object:
+        expected.append(len(tasks))
+        return went_on(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Follower, "_look", counting)
+    monkeypatch.setattr(Loops, "went_on", counted)
+
+    def steps(task: int) -> int:
+        tasks.append(task)
+        return STEPS
+
+    watched(lambda notes: loop(notes, steps=steps))
+
+    assert max(looks) < 10  # and from then on never
+    assert [expected.count(task) for task in range(11, TASKS)] == [STEPS - 1] * 3
+
+
+def test_an_error_in_the_middle_of_a_known_task_comes_after_all_its_steps() -> None:
+    def failing(task: int, step: int, fast: Fast, gradients: Sequence[Tensor]) -> Fast:
+        updated = plain(task, step, fast, gradients)
+        if (task, step) == (9, 2):
+            updated[1] = updated[1].detach()  # the next gradient cannot be taken of it
+        return updated
+
+    torch.manual_seed(0)
+    notes = Notes()
+    with (
+        pytest.raises(RuntimeError, match="does not require grad"),
+        divergence_probe.attach() as probe,
+    ):
+        loop(notes, failing)
+
+    steps = probe.recording.steps()
+    last = steps[(steps["phase"] == "support") & (steps["task"] == 9)]
+    assert sorted(set(last["step"])) == [0, 1, 2]
+    assert last["norm_after"].notna().all()
+    assert probe.diagnosis.exception is not None and probe.diagnosis.exception.inner_loop
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_loss_that_turns_bad_in_a_known_task_is_traced_to_its_operation(functional: bool) -> None:
+    def bad(x: Tensor, task: int, step: int) -> Tensor:
+        return torch.log(x.abs() - x.abs()) if (task, step) == (9, 3) else x
+
+    net = Net()
+    with divergence_probe.attach() as probe:
+        for task in range(TASKS):
+            x, y = batch()
+            fast: Fast = list(net.parameters())
+            for step in range(STEPS):
+
+                def loss_of(weights: Fast, task: int = task, step: int = step) -> Tensor:
+                    return F.mse_loss(bad(forward(weights, x), task, step), y)  # noqa: B023
+
+                if functional:
+                    gradients = torch.func.grad(loss_of)(fast)
+                else:
+                    gradients = torch.autograd.grad(loss_of(fast), fast)
+                fast = [w - RATE * g for w, g in zip(fast, gradients, strict=True)]
+            with torch.no_grad():
+                for parameter, adapted in zip(net.parameters(), fast, strict=True):
+                    parameter += 1e-3 * (adapted - parameter).nan_to_num(0.0)
+
+    findings = [f for f in probe.diagnosis.findings if f.cause == "singular-forward"]
+    assert findings, [f.message for f in probe.diagnosis.findings]
+    assert (findings[0].task, findings[0].step) == (9, 3)
+
+
+def test_what_was_heard_of_an_update_that_never_ends_is_let_go() -> None:
+    net = Net()
+    graphs: list[weakref.ref[Tensor]] = []
+    with divergence_probe.attach() as probe:
+        for task in range(TASKS):
+            x, y = batch()
+            fast: Fast = list(net.parameters())
+            for _ in range(STEPS):
+                loss = F.mse_loss(forward(fast, x), y)
+                gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                if task == TASKS - 1 and len(graphs) == STEPS - 1:
+                    half = fast[0] - RATE * gradients[0]
+                    graphs.append(weakref.ref(half))
+                    del half
+                    break
+                fast = plain(task, 0, fast, gradients)
+                graphs = [*graphs, weakref.ref(fast[0])] if task == TASKS - 1 else []
+        del fast, gradients, loss
+        other = nn.Linear(2, 1)
+        torch.autograd.grad(other(torch.ones(2)).sum(), list(other.parameters()))
+        gc.collect()
+        assert len(graphs) == STEPS and not any(graph() is not None for graph in graphs)
+    assert probe.failure is None
+
+
+def test_under_a_mode_of_the_user_s_nothing_is_taken_for_granted() -> None:
+    class Counting(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    with Counting() as bare:
+        loop(Notes())
+    torch.manual_seed(0)
+    notes = Notes()
+    with divergence_probe.attach() as probe, Counting() as seen:
+        loop(notes)
+
+    assert seen.calls == bare.calls  # none of ours
+    assert probe.failure is None
+    assert coverage_matrix.compare(notes, probe.recording).verdict != "WRONG"
