@@ -25,7 +25,7 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import plain
+from divergence_probe.observe.tensors import in_plain_torch, plain, waits_for_nothing
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -52,24 +52,41 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         eps: float = 1e-5,
     ) -> Tensor:
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if torch.compiler.is_compiling() or not guard.watching:
+        if torch.compiler.is_compiling():
             return original(*call)
-        if guard.state.gradient:
-            with guard.work():  # beforehand: checkpointing stops a recomputation by an exception
+        state = guard.state
+        if state.own or state.inside or not guard.active:
+            return original(*call)
+        if state.gradient:
+            with state:  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)
         before = None
         if running_mean is not None and running_var is not None:
-            with guard.work():
-                before = torch.stack((plain(running_mean), plain(running_var)))
-        with guard.inside():  # an active function mode makes torch call the function once more
+            if in_plain_torch() and _are_plain(running_mean, running_var):
+                before = torch.stack((running_mean, running_var))
+            else:
+                with state:
+                    before = torch.stack((plain(running_mean), plain(running_var)))
+        state.inside += 1  # an active function mode makes torch call the function once more
+        try:
             result = original(*call)
-        with guard.work():
-            module = _calling_module()
-            _note(session, module, call, before)
+        finally:
+            state.inside -= 1
+        with state:
+            _note(session, _calling_module(), call, before)
         return result
 
     return batch_norm
+
+
+def _are_plain(mean: Tensor, variance: Tensor) -> bool:
+    """Whether two buffers are such as can be stacked without further precaution."""
+    return (
+        type(mean) is type(variance) is Tensor
+        and not (mean.requires_grad or variance.requires_grad)
+        and mean.shape == variance.shape
+    )
 
 
 def _note(
@@ -141,11 +158,15 @@ def _first_of_phase(forwards: Forwards, module: nn.Module | None, weight: Tensor
 
 
 def _counter(module: nn.Module | None) -> int | Tensor | None:
-    counter = getattr(module, "num_batches_tracked", None)
-    if not isinstance(counter, Tensor):
+    if module is None:
         return None
+    counter = module._buffers.get("num_batches_tracked")  # an attribute of a module is dear
+    if counter is None:
+        counter = getattr(module, "num_batches_tracked", None)
+        if not isinstance(counter, Tensor):
+            return None
     counter = plain(counter)
-    return int(counter) if counter.device.type == "cpu" else counter.clone()
+    return int(counter.item()) if waits_for_nothing(counter) else counter.clone()
 
 
 def _calling_module() -> nn.Module | None:
