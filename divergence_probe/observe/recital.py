@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -22,8 +22,7 @@ from divergence_probe.observe.operations import operation_of
 _MOST_OPERATIONS = 256
 
 
-@dataclass(slots=True)
-class Heard:
+class Heard(NamedTuple):
     """One operation: what was called, and what came out."""
 
     func: Any
@@ -46,6 +45,7 @@ class Script:
     Attributes:
         operations: what a function mode is handed, in order.
         makes: for each of them, which input's updated parameter it makes; -1 none.
+        takes: for each of them, which of its arguments is that input.
         parameters: how many inputs there are.
         differentiable: whether gradients are enabled.
         cut: whether every gradient in the update is detached.
@@ -53,6 +53,7 @@ class Script:
 
     operations: tuple[Any, ...]
     makes: tuple[int, ...]
+    takes: tuple[int, ...]
     parameters: int
     differentiable: bool
     cut: bool
@@ -78,16 +79,19 @@ class Script:
         if len(heard) > _MOST_OPERATIONS or not all(one.is_plain for one in heard):
             return None
         position = {id(one.result): i for i, one in enumerate(heard)}
-        makes = [-1] * len(heard)
+        makes, takes = [-1] * len(heard), [-1] * len(heard)
         for index, (parameter, tensor) in enumerate(zip(inputs, updated, strict=True)):
             if tensor is None:
                 continue
             place = position.get(id(tensor))
-            if place is None or is_wrapped(tensor) or not _takes(heard[place].args, parameter):
+            if place is None or is_wrapped(tensor) or parameter is None:
                 return None
-            makes[place] = index
+            given = [i for i, arg in enumerate(heard[place].args) if arg is parameter]
+            if not given:
+                return None
+            makes[place], takes[place] = index, given[0]
         operations = tuple(one.func for one in heard)
-        return cls(operations, tuple(makes), len(inputs), differentiable, cut)
+        return cls(operations, tuple(makes), tuple(takes), len(inputs), differentiable, cut)
 
 
 @dataclass(slots=True)
@@ -120,24 +124,18 @@ class Recital:
             return False
         index = script.makes[position]
         if index >= 0:
-            parameter = self.inputs[index]()
-            if parameter is None or not self._fits(args, parameter, result):
+            parameter, given = self.inputs[index](), script.takes[position]
+            if (
+                parameter is None
+                or given >= len(args)
+                or args[given] is not parameter
+                or type(result) is not Tensor
+                or result.shape != parameter.shape
+                or is_wrapped(result)
+                or torch.is_grad_enabled() is not script.differentiable
+            ):
                 return False
             self.made[index] = ref(result), result.detach()
         if position + 1 == len(script.operations):
             self.complete, self.heard = True, []
         return True
-
-    def _fits(self, args: tuple[Any, ...], parameter: Tensor, result: Any) -> bool:
-        return (
-            _takes(args, parameter)
-            and type(result) is Tensor
-            and result.shape == parameter.shape
-            and not is_wrapped(result)
-            and torch.is_grad_enabled() is self.script.differentiable
-        )
-
-
-def _takes(args: tuple[Any, ...], parameter: Tensor | None) -> bool:
-    """Whether ``parameter`` is among the arguments, itself."""
-    return parameter is not None and any(arg is parameter for arg in args)
