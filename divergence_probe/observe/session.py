@@ -2,7 +2,7 @@
 
 Instruments and library adapters report here in the words of the field (a task starts, an inner step
 was taken, the outer optimizer stepped); the session gives indices, keeps rows by reference and
-closes a block when 256 rows or much memory are pending, once a second, or when a loss turns
+closes a block when 1024 rows or much memory are pending, once a second, or when a loss turns
 non-finite (at every task's end and row where the user is to be stopped at the first finding).
 """
 
