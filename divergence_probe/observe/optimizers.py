@@ -278,13 +278,13 @@ class Optimizers:
                 return
             self._loops.settle()
             if step.pending is not None:
-                self._loops.not_a_step(step.pending)
+                self._loops.tasks.not_a_step(step.pending)
                 for note in self.spent:
                     note(step.pending)
             for task in list(self._session.open):
                 if task.known is step.known and task.adapter == "backward":
                     self._session.confirm(task)  # what moved this base by hand were inner loops
-            self._loops.end_task()
+            self._loops.tasks.end_task()
             self._nesting.outer_step()
             self._moved.add(step.known)
             self._session.bases.difference_update(self._session.models.note_moved(step.parameters))
@@ -345,7 +345,7 @@ class Optimizers:
             other_part = not set(step.positions) & set(task.positions)
             if (optimizer is step.optimizer or other_part) and self._unchanged(task, step):
                 return task
-        self._loops.end_task()
+        self._loops.tasks.end_task()
         # (not of self._tasks: the optimizer of the task before may be gone)
         latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
         goes_on = bool(latest) and self._unchanged(latest[-1], step)

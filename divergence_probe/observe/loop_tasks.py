@@ -1,0 +1,273 @@
+"""Tasks of loops of no known library: what a gradient turned out to be, once that is settled.
+
+An inner step goes on with its task or begins one; one of the base's own weights in place is an
+outer step by hand; a gradient that no update followed is the query's, or the outer step's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from torch import Tensor
+
+from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.naming import named
+from divergence_probe.observe.nesting import Nesting
+from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.resolution import Update
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import Values, is_whole, spread
+from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import physical, was_left_alone
+from divergence_probe.record.schema import FLAGS
+
+if TYPE_CHECKING:
+    from divergence_probe.observe.following import Follower
+
+# A gradient may be taken twice at one point for a reason; five inner steps take it five times.
+_REPETITIONS = 3
+_ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
+
+
+class LoopThread(threading.local):
+    """What one thread is in the middle of; ``states`` keeps every thread's, also after its end."""
+
+    def __init__(self, states: list[dict[str, Any]]) -> None:
+        states.append(vars(self))
+        self.pending: Pending | None = None
+        self.task: Task | None = None
+        self.follower: Follower | None = None
+        self.forwards = Forwards()
+        self.extends = False
+        self.unused: tuple[object, ...] = ()
+        self.repeated = 0
+
+
+class LoopTasks:
+    """The tasks that steps of hand-written loops belong to, one open at a time in each thread."""
+
+    def __init__(self, session: Session, thread: LoopThread) -> None:
+        self._session = session
+        self._thread = thread
+        self._in_place = Nesting(session)
+
+    def step(self, pending: Pending, update: Update) -> None:
+        """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
+        thread = self._thread
+        if update.in_place and pending.of_base:
+            self._outer(pending, update)
+            return
+        task = pending.task
+        if task is None or task.ended or task is not thread.task:
+            task = self.start(pending, update.in_place)
+        flags = pending.flags
+        flags |= 0 if update.certain else FLAGS["uncertain"]
+        flags |= 0 if update.complete else FLAGS["incomplete"]
+        self.record(task, pending, update.values, flags, update.tensors)
+        if update.in_place:
+            task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
+
+    def record(
+        self, task: Task, pending: Pending, values: Values, flags: int, made: Values
+    ) -> None:
+        """An inner step that made ``made``, of the values ``values``."""
+        columns: Sequence[Values] = (pending.before, values, pending.gradients)
+        positions, width = task.positions, len(task.known.layout.parameters)
+        task.inputs = [ref(t) if t is not None else None for t in made]
+        task.fast = task.inputs
+        if not is_whole(positions, width):
+            columns = [spread(column, positions, width) for column in columns]
+            task.fast = [None] * width
+            for reference, position in zip(task.inputs, positions, strict=True):
+                task.fast[position] = reference
+        self._session.step(
+            task,
+            *columns,
+            loss=pending.loss,
+            learning_rate=None,
+            site=pending.site,
+            forwards=pending.forwards,
+            flags=flags,
+            width=pending.width,
+            carried=[gradient for _, gradient in pending.carried] if pending.carried else (),
+        )
+
+    def reorder(self, task: Task, pending: Pending) -> None:
+        """Bring a task's positions into the order this gradient was taken in, which may differ.
+
+        (A backward meets leaves in graph order, a ``grad()`` in the order of its list.)
+        """
+        known = {
+            id(tensor): position
+            for reference, position in zip(task.inputs, task.positions, strict=True)
+            if reference is not None and (tensor := reference()) is not None
+        }
+        found = [known.get(id(reference())) for reference in pending.inputs]
+        if len(found) != len(task.positions) or any(position is None for position in found):
+            return
+        task.positions = [position for position in found if position is not None]
+
+    def goes_on(self, task: Task, inputs: Sequence[Tensor]) -> bool:
+        """Whether the inputs are exactly what the task's last update made, in the same order.
+
+        So it is in almost every step of a loop that makes new tensors; nothing else is asked then.
+        """
+        if task.ended or task.in_place or len(task.inputs) != len(inputs):
+            return False
+        return bool(inputs) and all(
+            reference is not None and reference() is tensor
+            for reference, tensor in zip(task.inputs, inputs, strict=True)
+        )
+
+    def continues(self, task: Task, pending: Pending) -> bool:
+        """Whether the gradient was taken of the task's own fast weights."""
+        if task.ended or not task.inputs:
+            return False
+        if pending.width > 1:
+            return self._continues_batched(task, pending)
+        fast = {
+            id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None
+        }
+        inputs = [reference() for reference in pending.inputs]
+        ours = [i for i, tensor in enumerate(inputs) if id(tensor) in fast]
+        if not ours:
+            return False
+        if not task.in_place or task.last is None:
+            return True
+        for i, tensor in enumerate(inputs):
+            if tensor is None or i not in ours or i >= len(task.positions):
+                continue
+            position = task.positions[i]
+            left, version = task.last.after[position], task.versions.get(position)
+            if not was_left_alone(pending.before[i], tensor._version, left, version):
+                return False
+        return True
+
+    def _continues_batched(self, task: Task, pending: Pending) -> bool:
+        """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""
+        after = task.last.after if task.last is not None else ()
+        left = {t.data_ptr() for t in after if t is not None and t.numel()}
+        inputs = [tensor for r in pending.inputs if (tensor := r()) is not None]
+        return any(physical(tensor)[0].data_ptr() in left for tensor in inputs)
+
+    def start(self, pending: Pending, in_place: bool) -> Task:
+        """A task begins with the step that ``pending`` is the gradient of."""
+        session, thread = self._session, self._thread
+        self.end_task()
+        tensors = [reference() for reference in pending.inputs]
+        copied = self._copied_from(pending) if in_place else None
+        known, positions = copied or pending.named or named(session.models, tensors, pending.before)
+        own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
+        task = session.start_task(
+            known,
+            _ADAPTERS[pending.function],
+            pending.site,
+            width=pending.width,
+            base=None if own else known,
+            provisional=own or copied is not None,
+            in_place=in_place,
+            writes_base=own,
+        )
+        task.positions, task.in_place, task.learned = positions, in_place, pending.learned
+        if own:
+            session.adapted_by_hand.add(known)
+        models = session.models
+        if not in_place and pending.width == 1:
+            for tensor in tensors:
+                if tensor is not None and tensor.is_leaf:
+                    models.note_begun(tensor)
+        task.began = [ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)]
+        gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
+        if not own and copied is None and len(task.began) + gone == len(tensors):
+            models.note_begun_alike(known)
+        thread.task = task
+        self._in_place.began(task, pending.before, tensors)
+        return task
+
+    def _copied_from(self, pending: Pending) -> tuple[KnownModel, list[int]] | None:
+        """The model a task's parameters are deep copies of, and their positions in it."""
+        origins = [origin for r in pending.origins or () if (origin := r()) is not None]
+        if not origins or len(origins) < len(pending.inputs):
+            return None
+        return named(self._session.models, origins, origins)
+
+    def end_task(self) -> None:
+        """The current task is over; what ran since its last gradient was its query."""
+        thread = self._thread
+        task, thread.task = thread.task, None
+        if task is None or task.ended:
+            return
+        if task.learned is not None:
+            task.learned.task_took(task.steps)
+        task.forwards.extend(self._used_by(task))
+        self._session.finish_task(task)
+
+    def _used_by(self, task: Task) -> Forwards:
+        """Loose forwards that ran with the task's fast weights (or with none that shows)."""
+        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        return self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
+
+    def _outer(self, pending: Pending, update: Update) -> None:
+        self.end_task()
+        tensors = [reference() for reference in pending.inputs]
+        known, positions = pending.named or named(self._session.models, tensors, pending.before)
+        width = len(known.layout.parameters)
+        moved = [tensor for tensor in tensors if tensor is not None]
+        self._session.bases.difference_update(self._session.models.note_moved(moved))
+        self._session.outer_step(
+            known,
+            spread(pending.before, positions, width),
+            spread(update.values, positions, width),
+            spread(pending.gradients, positions, width),
+            learning_rate=None,
+            site=pending.site,
+            optimizer="",
+        )
+
+    def not_a_step(self, pending: Pending) -> None:
+        """No inner update followed: the gradient was the query's (or the outer step's)."""
+        self._count_repetition(pending)
+        task = self.queried(pending)
+        if task is not None and task.steps:
+            forwards = self._used_by(task)
+            forwards.extend(pending.forwards)
+            session, gradients = self._session, []
+            if task.in_place:  # of a copy: whether it arrives at the base is another question
+                gradients = [gradient for gradient in pending.gradients if gradient is not None]
+            session.query(task, forwards, pending.loss, pending.site, pending.flags, gradients)
+
+    def _count_repetition(self, pending: Pending) -> None:
+        """Note a gradient taken again and again at one point, with the very same loss.
+
+        One that can be differentiated is no unused step: products with a Hessian take it so.
+        """
+        thread = self._thread
+        loss = pending.loss
+        inputs = [reference() for reference in pending.inputs]
+        if pending.flags & FLAGS["second_order"] or any(tensor is None for tensor in inputs):
+            return  # (what a transform wrapped for the call is gone, and its point with it)
+        if not isinstance(loss, float):
+            return  # it would be waited for, or is that of several tasks
+        key = (pending.site, tuple(map(id, inputs)), loss)
+        thread.repeated = thread.repeated + 1 if key == thread.unused else 1
+        thread.unused = key
+        if thread.repeated == _REPETITIONS:
+            times = thread.repeated
+            self._session.event(
+                "repeated-gradient", self.queried(pending), pending.site, times=times
+            )
+
+    def queried(self, pending: Pending) -> Task | None:
+        """The task whose query a gradient without an update was taken of."""
+        task = self._thread.task
+        if task is not None and not task.ended:
+            return task
+        inputs = {id(t) for r in pending.inputs if (t := r()) is not None}
+        for task in reversed(self._session.open):
+            if any(r is not None and id(r()) in inputs for r in task.fast):
+                return task
+        return None
