@@ -106,7 +106,9 @@ def pair(
             pass  # sparse, or not all there
         else:
             elements = elements_in(shapes)
-            if store.numel() == 2 * elements:
+            # Both of one kind, or the copy would be of another than theirs.
+            alike = store.dtype is tensors[0].dtype is others[0].dtype  # type: ignore[union-attr]
+            if store.numel() == 2 * elements and alike:
                 return Snapshot(store, shapes), Snapshot(store, shapes, elements)
     return snapshot(tensors, copy[0]), snapshot(others, copy[1])
 
