@@ -268,6 +268,8 @@ def _foreign_frames(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _is_own(filename: str) -> bool:
+    if filename.startswith("<divergence_probe"):  # handlers, see observe/patching.py
+        return True
     return filename.startswith(_PACKAGE) and not filename.startswith(_DEMO)
 
 

@@ -40,8 +40,10 @@ class Follower(TorchFunctionMode):
         self._learning: list[Heard] | None = None
         self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
         self._cut: set[int] = set()
+        # what is a candidate in another shape, and which one
+        self._reshaped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._storages: dict[int, list[int]] = {}
-        self._pushed = False
+        self._pushed = self._paused = False
         self._handling = 0
 
     def follow(self, pending: Pending, gradients: Sequence[Tensor | None]) -> None:
@@ -68,8 +70,7 @@ class Follower(TorchFunctionMode):
             self._recital = Recital(script, pending.inputs)
         if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
             # Over a mode of the user's ours could be popped in its place: then identity decides.
-            self.__enter__()  # type: ignore[no-untyped-call]
-            self._pushed, self._guard.state.on_stack = True, self.leave
+            self._push()
         pending.followed = pending.followed or self._pushed
 
     def _tag_all(self, pending: Pending) -> None:
@@ -86,31 +87,47 @@ class Follower(TorchFunctionMode):
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
 
+    def _push(self) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._pushed, self._guard.state.on_stack = True, self
+
+    def pause(self) -> None:
+        """Leave the mode stack for a while; for good where there is nothing left to see."""
+        self._paused = self._leave() and self._pending is not None
+
+    def resume(self) -> None:
+        """Go back to it, unless what was being followed is over."""
+        if self._paused and self._pending is not None:
+            self._push()
+        self._paused = False
+
     def stop(self) -> None:
         """Forget what was followed, and leave the mode stack if we are on top of it."""
         if self._recital is not None and self._recital.heard and self._pending is not None:
             with self._guard.work():
                 self._catch_up(self._pending, self._recital)
         self._forget()
-        self.leave()
+        self._leave()
 
-    def leave(self) -> None:
-        """Leave the mode stack if we are on top of it, and have nothing left to see."""
-        if self._pushed and self._pending is None and not self._handling:
+    def _leave(self) -> bool:
+        """Leave the mode stack if we are on top of it; whether we were."""
+        if not self._pushed or self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
-            stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-            if stack and stack[-1] is self:
-                self.__exit__(None, None, None)
-            elif self in stack:
-                return
+            return False
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        on_top = bool(stack) and stack[-1] is self
+        if on_top:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if on_top or self not in stack:
             self._pushed, self._guard.state.on_stack = False, None
+        return on_top
 
     def _forget(self) -> None:
         """Look at nothing more; the mode, if it is on, only passes through."""
         self._pending = self._recital = self._learning = None
         self._gradients = []
         if self._tags:
-            self._tags, self._storages, self._cut = {}, {}, set()
+            self._tags, self._storages, self._cut, self._reshaped = {}, {}, set(), {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
@@ -206,6 +223,26 @@ class Follower(TorchFunctionMode):
             if cut and gradients:
                 self._cut.add(id(tensor))
             self._made(pending, tensor, parameters, gradients)
+            if operation.reshapes and args and parameters & gradients:
+                self._reshape(pending, args[0], tensor, parameters & gradients)
+
+    def _reshape(
+        self, pending: Pending, tensor: Tensor, result: Tensor, indices: frozenset[int]
+    ) -> None:
+        """``result`` is ``tensor`` in another shape: used, it is what that one is."""
+        for index in indices:
+            position = self._candidate(pending, index, tensor)
+            if position is not None:
+                self._reshaped[id(result)] = (weakref.ref(result), position)
+
+    def _candidate(self, pending: Pending, index: int, tensor: Tensor) -> int | None:
+        """Which of an input's candidates a tensor is, in whatever shape."""
+        for position, candidate in enumerate(pending.candidates[index]):
+            if candidate.tensor() is tensor or _rearranged(candidate, tensor):
+                return position
+        reshaped = self._reshaped.get(id(tensor))
+        known = reshaped is not None and reshaped[0]() is tensor
+        return reshaped[1] if reshaped is not None and known else None
 
     def _foreach(self, pending: Pending, operation: Operation, args: Any, result: Any) -> None:
         lists = [arg for arg in args if isinstance(arg, list | tuple)]
@@ -297,12 +334,11 @@ class Follower(TorchFunctionMode):
         weight = operation.uses_weights
         if not weight and pending.met:
             return
-        for position, candidate in enumerate(pending.candidates[index]):
-            if candidate.tensor() is tensor or _rearranged(candidate, tensor):
-                if weight:
-                    pending.used.setdefault(index, position)
-                else:
-                    pending.met |= self._meets_others(tensor, operation, args)
+        position = self._candidate(pending, index, tensor)
+        if position is not None and weight:
+            pending.used.setdefault(index, position)
+        elif position is not None:
+            pending.met |= self._meets_others(tensor, operation, args)
 
     def _meets_others(self, tensor: Tensor, operation: Operation, args: Any) -> bool:
         """Whether what may be an updated parameter is computed with, as a weight is.

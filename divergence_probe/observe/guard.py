@@ -8,9 +8,8 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -25,6 +24,16 @@ _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
+class OnStack(Protocol):
+    """Our function mode, as far as others have to do with it."""
+
+    def pause(self) -> None:
+        """Leave the stack for a while; for good where there is nothing left to see."""
+
+    def resume(self) -> None:
+        """Go back to it, unless what was being followed is over."""
+
+
 class ThreadState:
     """One thread's nesting: our own work and a library's step must not be observed as the user's.
 
@@ -37,13 +46,13 @@ class ThreadState:
         gradient: how deep inside gradient calls.
         transform: how deep inside gradients of ``torch.func``, forward and backward.
         differentiable: whether the user's code has gradients enabled, while our own work is done.
-        on_stack: takes our function mode off the thread's stack, if it is done; None where it is
-            not on it.
+        on_stack: our function mode where it is on the thread's stack, else None.
+        paused: the same while a call that is observed as a whole runs without it.
     """
 
     __slots__ = (
         "_clear", "_guard", "_started", "_torch_function",
-        "differentiable", "gradient", "inside", "on_stack", "own", "transform",
+        "differentiable", "gradient", "inside", "on_stack", "own", "paused", "transform",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
@@ -56,7 +65,8 @@ class ThreadState:
         self.gradient = 0
         self.transform = 0
         self.differentiable = True
-        self.on_stack: Callable[[], None] | None = None
+        self.on_stack: OnStack | None = None
+        self.paused: OnStack | None = None
 
     @property
     def transformed(self) -> bool:
@@ -133,8 +143,8 @@ class Guard:
         self.failure: str | None = None
         self.spent = 0.0
         self._threads = _Threads(self)
-        self._inside = _Nested(self._threads, "inside")
-        self._gradient_call = _Nested(self._threads, "gradient")
+        self._inside = _Inside(self._threads)
+        self._gradient_call = _GradientCall(self._threads)
         _GUARDS.add(self)
 
     @property
@@ -157,11 +167,11 @@ class Guard:
         """Our own work inside the user's call; an error switches the probe off, once, warned."""
         return self._threads.state
 
-    def inside(self) -> _Nested:
+    def inside(self) -> _Inside:
         """Inside a call that is already observed as a whole; what it calls is not looked at."""
         return self._inside
 
-    def gradient_call(self) -> _Nested:
+    def gradient_call(self) -> _GradientCall:
         """Inside a gradient call: a forward that runs here is a recomputation (checkpointing)."""
         return self._gradient_call
 
@@ -181,19 +191,43 @@ class Guard:
         )
 
 
-class _Nested:
-    """Counts one more level of a thread's nesting each time it is entered; holds no state."""
+class _Inside:
+    """One more level inside calls observed as a whole; holds no state.
 
-    __slots__ = ("_name", "_threads")
+    Our function mode would only see the call itself, and put frames of torch and ours between the
+    user's line and it: warnings would name them.
+    """
 
-    def __init__(self, threads: _Threads, name: str) -> None:
+    __slots__ = ("_threads",)
+
+    def __init__(self, threads: _Threads) -> None:
         self._threads = threads
-        self._name = name
 
     def __enter__(self) -> None:
         state = self._threads.state
-        setattr(state, self._name, getattr(state, self._name) + 1)
+        if state.on_stack is not None and not state.inside:
+            state.paused = state.on_stack
+            state.paused.pause()
+        state.inside += 1
 
     def __exit__(self, *error: object) -> None:
         state = self._threads.state
-        setattr(state, self._name, getattr(state, self._name) - 1)
+        state.inside -= 1
+        if state.paused is not None and not state.inside:
+            paused, state.paused = state.paused, None
+            paused.resume()
+
+
+class _GradientCall:
+    """One more level inside gradient calls; holds no state."""
+
+    __slots__ = ("_threads",)
+
+    def __init__(self, threads: _Threads) -> None:
+        self._threads = threads
+
+    def __enter__(self) -> None:
+        self._threads.state.gradient += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.state.gradient -= 1

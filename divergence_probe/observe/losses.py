@@ -36,7 +36,7 @@ def install(patches: Patches, session: Session) -> None:
 
 
 def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    guard = session.guard
+    guard, inside = session.guard, session.guard.inside()
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -44,13 +44,8 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
         state = guard.state
         if state.inside or state.own or not guard.active:
             return original(*args, **kwargs)
-        if state.on_stack is not None:
-            state.on_stack()  # before torch asks whether there is a mode
-        state.inside += 1  # cross_entropy calls nll_loss
-        try:
+        with inside:  # cross_entropy calls nll_loss
             result = original(*args, **kwargs)
-        finally:
-            state.inside -= 1
         if type(result) is Tensor and in_plain_torch() and result.is_cpu:
             if result.numel() == 1:
                 _keep(session, result, result.item())

@@ -68,11 +68,8 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
             else:
                 with state:
                     before = torch.stack((plain(running_mean), plain(running_var)))
-        state.inside += 1  # an active function mode makes torch call the function once more
-        try:
+        with guard.inside():
             result = original(*call)
-        finally:
-            state.inside -= 1
         with state:
             _note(session, _calling_module(), call, before)
         return result

@@ -21,6 +21,16 @@ _IN_PLACE_NAMES = frozenset(
 )
 
 
+#: Operations that give the same numbers another shape, or repeat or take some of them.
+_RESHAPING = frozenset(
+    {
+        "expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "view",
+        "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze",
+        "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "T.__get__", "mT.__get__",
+        "__getitem__", "select", "narrow", "split", "chunk", "unbind",
+    }
+)  # fmt: skip
+
 #: Operations whose result carries no graph.
 _DETACHING = frozenset({"detach", "detach_", "data.__get__"})
 
@@ -48,6 +58,7 @@ class Operation:
         overwrites: it replaces a value whatever it was.
         detaches: its result carries no graph.
         uses_weights: what it takes is a finished parameter, what it makes an activation.
+        reshapes: its result is its argument's numbers in another shape.
         clips: it bounds its argument element by element.
         escapes: its result is outside of torch.
         in_place: it writes into its first argument.
@@ -59,6 +70,7 @@ class Operation:
     overwrites: bool
     detaches: bool
     uses_weights: bool
+    reshapes: bool
     clips: bool
     escapes: bool
     in_place: bool
@@ -82,6 +94,7 @@ def _operation(name: str) -> Operation:
         overwrites=name in _OVERWRITES,
         detaches=name in _DETACHING,
         uses_weights=name in _WEIGHT_OPERATIONS,
+        reshapes=name in _RESHAPING,
         clips=name in _CLIPPING,
         escapes=name in _ESCAPES,
         in_place=name in _IN_PLACE_NAMES or trailing,

@@ -6,6 +6,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+#: Where handlers seem to be written. ``warnings`` counts no frame of a file with "importlib" and
+#: "_bootstrap" in its name, so that a warning of a watched function (``stacklevel=2``) names the
+#: line that called it, and is filtered by that line's module, as without us.
+PASSED_OVER = "<divergence_probe, passed over by warnings like importlib._bootstrap>"
+
 _FORWARDING = """
 def {name}(*args, **kwargs):
     return {handler}(*args, **kwargs)
@@ -39,9 +44,9 @@ class Patches:
         handler_name = f"_divergence_probe_{function.__name__}_{id(self)}"
         namespace: dict[str, Any] = {}
         source = _FORWARDING.format(name=function.__name__, handler=handler_name)
-        exec(compile(source, __file__, "exec"), namespace)  # noqa: S102 - our own template
+        exec(compile(source, PASSED_OVER, "exec"), namespace)  # noqa: S102 - our own template
         handler_globals = function.__globals__
-        handler_globals[handler_name] = make(original)
+        handler_globals[handler_name] = _passed_over(make(original))
         had_wrapped = "__wrapped__" in function.__dict__
         function.__defaults__ = function.__kwdefaults__ = None
         function.__code__ = namespace[function.__name__].__code__
@@ -62,7 +67,7 @@ class Patches:
         """Replace ``owner.name`` by ``make(original)``, restoring inheritance when undone."""
         own = name in vars(owner)
         original = vars(owner)[name] if own else getattr(owner, name)
-        replacement = make(original)
+        replacement = _passed_over(make(original))
         setattr(owner, name, replacement)
 
         def undo() -> None:
@@ -83,3 +88,10 @@ class Patches:
         """Restore everything, the latest first."""
         while self._undo:
             self._undo.pop()()
+
+
+def _passed_over(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a handler's frame one that warnings do not count."""
+    if isinstance(handler, types.FunctionType):
+        handler.__code__ = handler.__code__.replace(co_filename=PASSED_OVER)
+    return handler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from divergence_probe.thresholds import Thresholds
 
 # Tasks whose first losses say what is usual.
 _TASKS = 64
+_DECADE = 10.0
 
 
 class NormExplosion(Rule):
@@ -23,7 +25,8 @@ class NormExplosion(Rule):
     Compares each parameter's norm after every inner step with its norm when the task began.
     Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
     are measured against the median of all. A decade counts where the loss does not get below the
-    task's first; three decades count always.
+    task's first; three decades count always. A task's only step from weights next to nothing to
+    weights below 1 (root mean square) counts where the query's loss is a decade above the first.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
@@ -56,7 +59,8 @@ class NormExplosion(Rule):
         grown = np.asarray((growth >= min(bounds)).any(1))
         with np.errstate(invalid="ignore"):
             falling = _lowest_from_here(frame, grown) < frame.first_loss
-            over = growth >= np.where(falling, bounds[1], bounds[0])[:, None]
+            spared = falling[:, None] | _has_no_scale(frame, grown)
+            over = growth >= np.where(spared, bounds[1], bounds[0])
         for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
 
@@ -103,8 +107,29 @@ def _lowest_from_here(frame: Frame, chosen: Flags) -> Array:
     result = np.full(len(losses), np.inf)
     for task in np.flatnonzero(frame.by_task.any(chosen)).tolist():
         rows = frame.by_task.rows(task)
-        rows = rows[frame.support[rows]]
-        result[rows] = np.fmin.accumulate(losses[rows][::-1])[::-1]
+        steps = rows[frame.support[rows]]
+        result[steps] = np.fmin.accumulate(losses[steps][::-1])[::-1]
+    return result
+
+
+def _has_no_scale(frame: Frame, chosen: Flags) -> Flags:
+    """``[S, P]`` where a task's only step made something of weights that were next to nothing.
+
+    A learned context may begin at 1e-3, or at 0, and nothing else is adapted beside it. Its own
+    loss was there before the step: what tells is the query's, or weights beyond 1.
+    """
+    result = np.zeros(frame.growth.shape, dtype=bool)
+    sizes = np.sqrt([max(math.prod(p.shape), 1) for p in frame.block.layout.parameters])
+    scalars, after = frame.block.scalars, frame.block.parameters["norm_after"]
+    for task in np.flatnonzero(frame.by_task.any(chosen)).tolist():
+        rows = frame.by_task.rows(task)
+        steps = rows[frame.support[rows]]
+        if len(steps) != 1 or frame.step[steps[0]] != 0:
+            continue
+        asked = rows[frame.query[rows] & (scalars["loss_seen"][rows] > 0)]
+        worse = scalars["loss"][asked] >= _DECADE * abs(frame.first_loss[steps[0]])
+        if not worse.any():
+            result[steps] = after[steps] < sizes
     return result
 
 

@@ -161,8 +161,10 @@ class StepBeyondStability(Rule):
             return False
         if bounded and product > 1 and loss > float(frame.first_loss[row]):
             # The slope turned round over the step, which was too long for a loss of this size.
-            course.curvature = course.descent / (2 * max(course.loss, 1e-30))
-            if course.curvature > self.thresholds["instability"] and gradient > course.gradient:
+            least = course.descent / (2 * max(course.loss, 1e-30))
+            if least > self.thresholds["instability"] and gradient > course.gradient:
+                # (The bound is that of a lowest loss of 0: two gradients may show more.)
+                course.curvature = max(least, product) if math.isfinite(product) else least
                 course.by_value = True
                 return True
         if not product > self.thresholds["instability"]:

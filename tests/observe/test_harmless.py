@@ -389,3 +389,28 @@ def test_the_user_s_exception_comes_out_as_it_is():
     assert not any(
         "divergence_probe" in str(note) for note in getattr(caught.value, "__notes__", [])
     )
+
+
+def test_warnings_name_the_line_they_name_without_the_probe():
+    net = nn.Linear(1, 1)
+
+    def warned(times):
+        """A loss of other sizes, and dropout of a vector, in a loop that is followed."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(times):
+                x = torch.ones(4, 1)
+                fast = list(net.parameters())
+                loss = F.mse_loss(F.linear(x, *fast), torch.zeros(4))
+                gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - 0.01 * g for w, g in zip(fast, gradients, strict=True)]
+                query = nn.MSELoss()(nn.Dropout2d()(F.linear(x, *fast)), torch.zeros(4))
+                query.backward()
+        return [(w.filename, w.lineno, str(w.message)) for w in caught]
+
+    bare = warned(6)
+    with divergence_probe.attach(net) as probe:
+        watched = warned(6)
+
+    assert probe.diagnosis.summary.inner_steps == 6
+    assert len(bare) == 18 and watched == bare

@@ -250,3 +250,35 @@ def test_under_a_mode_of_the_user_s_nothing_is_taken_for_granted() -> None:
     assert seen.calls == bare.calls  # none of ours
     assert probe.failure is None
     assert coverage_matrix.compare(notes, probe.recording).verdict != "WRONG"
+
+
+@pytest.mark.parametrize("shape", ["expand", "repeat", "view"])
+def test_a_context_used_in_another_shape_only_is_adapted(shape: str) -> None:
+    """One step on a vector that is joined with every sample, as context adaptation does it."""
+    net = nn.Linear(3, 1)
+    outer = torch.optim.Adam(net.parameters(), 1e-3)
+
+    def predicted(x: Tensor, context: Tensor) -> Tensor:
+        rows = {
+            "expand": lambda: context.expand(len(x), -1),
+            "repeat": lambda: context.repeat(len(x), 1),
+            "view": lambda: context.view(1, 2).expand(len(x), 2),
+        }[shape]()
+        return net(torch.cat((x, rows), 1))
+
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            total = torch.zeros(())
+            for _ in range(3):
+                x, y = torch.randn(10, 1), torch.randn(10, 1)
+                context = torch.zeros(2, requires_grad=True)
+                loss = F.mse_loss(predicted(x, context), y)
+                (gradient,) = torch.autograd.grad(loss, context, create_graph=True)
+                total = total + F.mse_loss(predicted(x, context - gradient), y)
+            outer.zero_grad()
+            total.backward()
+            outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (12, 12)
+    assert probe.diagnosis.verdict == "healthy"

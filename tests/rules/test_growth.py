@@ -2,6 +2,7 @@
 
 import pytest
 
+from divergence_probe.record.schema import QUERY
 from divergence_probe.rules.finding import Severity
 
 from .blocks import HERE, end, findings, inner, make, one, place, silent, start
@@ -49,6 +50,16 @@ def test_a_step_that_throws_weights_far_and_is_recovered_from_is_not():
 
     assert silent("NG001", make(*rows))
     assert one("NG001", make(*rows[:3])).step == 1
+
+
+@pytest.mark.parametrize(("query", "explodes"), [(None, False), (3.0, False), (40.0, True)])
+def test_of_a_single_step_the_query_tells(query, explodes):
+    """A learned context begins next to nothing: how much it grows says little by itself."""
+    rows = [inner(step=0, loss=2.0, norm_before=[1e-3, 0, 0], norm_after=[0.05, 0, 0])]
+    if query is not None:
+        rows.append(inner(step=1, loss=query, phase=QUERY, norm_before=[-1] * 3))
+
+    assert len(findings("NG001", make(*rows))) == explodes
 
 
 def test_three_decades_are_whatever_the_loss_does():

@@ -37,6 +37,16 @@ def test_steps_beyond_stability():
     assert "lr = 0.08" in finding.fix
 
 
+def test_a_loss_that_ends_above_zero_bounds_less_than_two_gradients_show():
+    block = quadratic(12.0, rate=12.0)
+    block.scalars["loss"] = block.scalars["loss"] + 2.0
+
+    finding = one("LR001", block)
+
+    assert finding.evidence["step_size_x_curvature"] == pytest.approx(12.0)
+    assert finding.evidence["largest_stable_learning_rate"] == pytest.approx(2.0)
+
+
 def test_a_decade_at_once_is_clear_after_one_step():
     assert one("LR001", quadratic(6.0)).step == 1
 
