@@ -78,10 +78,8 @@ class GradientCalls:
 
     def _passes(self) -> bool:
         """Whether a call is not ours to look at: compiled, or part of an observed call."""
-        if torch.compiler.is_compiling():
-            return True
-        state = self._guard.state
-        return bool(state.gradient or state.own or state.inside) or not self._guard.active
+        guard = self._guard
+        return torch.compiler.is_compiling() or not guard.watching or bool(guard.state.gradient)
 
     def _expects(
         self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
@@ -110,18 +108,6 @@ class GradientCalls:
     ) -> None:
         self._library_query(site, loss)
         self._loops.opening(function, loss, inputs, adds)
-
-    def _note(
-        self,
-        site: int,
-        function: str,
-        loss: Tensor | None,
-        inputs: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        carried: Sequence[tuple[Tensor, Tensor]] = (),
-    ) -> None:
-        if len(inputs) == len(gradients):
-            self._loops.gradient(site, function, loss, inputs, gradients, carried=carried)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         """Positions and names of parameters in their model."""
@@ -154,13 +140,13 @@ class _Autograd(GradientCalls):
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._passes():
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
-            guard = self._guard
+            guard, site = self._guard, -1
             if type(outputs) is Tensor and type(inputs) in (list, tuple) and in_plain_torch():
                 site = self._session.sites.here()
                 if self._expects(site, "grad", outputs, inputs):
                     return self._next_step(site, original, outputs, inputs, *args, **kwargs)
             with guard.work():
-                site = self._session.sites.here()
+                site = site if site >= 0 else self._session.sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
@@ -172,7 +158,7 @@ class _Autograd(GradientCalls):
                 result = original(outputs, inputs, *args, **kwargs)
             with guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
-                self._note(site, "grad", loss, tensors, made)
+                self._loops.gradient(site, "grad", loss, tensors, made)
                 self._forensics.after(loss, tensors, made, self._names)
             return result
 
@@ -188,18 +174,15 @@ class _Autograd(GradientCalls):
         **kwargs: Any,
     ) -> Any:
         """Take the gradient that was expected next."""
-        work = self._guard.work()
         before = sequence_number()
-        work.gradient += 1
         try:
-            result = original(outputs, inputs, *args, **kwargs)
+            with self._guard.gradient_call():
+                result = original(outputs, inputs, *args, **kwargs)
         except BaseException:
-            with work:
+            with self._guard.work():
                 self._loops.settle(inputs)
             raise
-        finally:
-            work.gradient -= 1
-        with work:
+        with self._guard.work():
             task = self._loops.went_on(outputs, inputs, result)
             if task is not None:
                 window = Window(site, made_by(inputs), before, sequence_number())
@@ -269,7 +252,7 @@ class _Autograd(GradientCalls):
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
-                self._note(site, "backward", loss, reached, made, carried)
+                self._loops.gradient(site, "backward", loss, reached, made, carried=carried)
                 self._forensics.after(loss, parameters, None, self._names)
             return result
 

@@ -132,10 +132,7 @@ class Loops:
         pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
         pending.before = cast(Sequence[Tensor], values)
         pending.gradients = slopes
-        first = gradients[0]
-        graph = first is not None and first.requires_grad
-        graph = graph or any(map(carries_graph, _there(gradients)))
-        pending.flags = FLAGS["second_order"] if graph else 0
+        pending.flags = _order(gradients)
         pending.set_loss(loss)
         forwards = session.loose.forwards
         if forwards.only_a_loss:
@@ -158,6 +155,8 @@ class Loops:
         carried: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         """The gradient was taken of ``loss`` with respect to ``inputs``."""
+        if len(inputs) != len(gradients):
+            return
         thread = self._thread
         forwards, thread.forwards = thread.forwards, Forwards()
         pending = thread.pending
@@ -214,7 +213,6 @@ class Loops:
         goes_on = width == 1 and task is not None and self.tasks.goes_on(task, inputs)
         # An in-place update would overwrite what an alias shows; functional ones leave it alone.
         copy = learned.functional is not True and function != "func"
-        second_order = any(map(carries_graph, made))
         before, slopes = self._values(inputs, gradients, width, wrapped, copy, goes_on)
         pending = Pending(
             site=site,
@@ -224,7 +222,7 @@ class Loops:
             gradients=slopes,
             forwards=forwards,
             learned=learned,
-            flags=FLAGS["second_order"] if second_order else 0,
+            flags=_order(made),
             width=width,
         )
         pending.set_loss(loss)
@@ -353,7 +351,7 @@ class Loops:
             # The next call shows one parameter's update only, or shows them in another order.
             return True
         task = self._thread.task
-        if learned.functional and learned.steps and learned.confirmed > 1:
+        if learned.is_known_by_heart and learned.steps is not None:
             position = task.steps if task is not None and pending.task is task else 0
             return position >= learned.steps - 1
         return True
@@ -420,6 +418,12 @@ class Loops:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
         if self._thread.follower is not None:
             self._thread.follower.stop()
+
+
+def _order(gradients: Sequence[Tensor | None]) -> int:
+    """Flags: whether something can still differentiate through one of the gradients."""
+    graph = any(g is not None and carries_graph(g) for g in gradients)
+    return FLAGS["second_order"] if graph else 0
 
 
 def _there(values: Values) -> list[Tensor]:

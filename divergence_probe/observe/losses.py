@@ -39,10 +39,7 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     guard, inside = session.guard, session.guard.inside()
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return original(*args, **kwargs)
-        state = guard.state
-        if state.inside or state.own or not guard.active:
+        if torch.compiler.is_compiling() or not guard.watching:
             return original(*args, **kwargs)
         with inside:  # cross_entropy calls nll_loss
             result = original(*args, **kwargs)

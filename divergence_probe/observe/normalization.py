@@ -25,7 +25,7 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import in_plain_torch, plain, waits_for_nothing
+from divergence_probe.observe.tensors import plain, waits_for_nothing
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -52,38 +52,23 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         eps: float = 1e-5,
     ) -> Tensor:
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not guard.watching:
             return original(*call)
-        state = guard.state
-        if state.own or state.inside or not guard.active:
-            return original(*call)
-        if state.gradient:
-            with state:  # beforehand: checkpointing stops a recomputation by an exception
+        if guard.state.gradient:
+            with guard.work():  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)
         before = None
         if running_mean is not None and running_var is not None:
-            if in_plain_torch() and _are_plain(running_mean, running_var):
-                before = torch.stack((running_mean, running_var))
-            else:
-                with state:
-                    before = torch.stack((plain(running_mean), plain(running_var)))
+            with guard.work():
+                before = torch.stack((plain(running_mean), plain(running_var)))
         with guard.inside():
             result = original(*call)
-        with state:
+        with guard.work():
             _note(session, _calling_module(), call, before)
         return result
 
     return batch_norm
-
-
-def _are_plain(mean: Tensor, variance: Tensor) -> bool:
-    """Whether two buffers are such as can be stacked without further precaution."""
-    return (
-        type(mean) is type(variance) is Tensor
-        and not (mean.requires_grad or variance.requires_grad)
-        and mean.shape == variance.shape
-    )
 
 
 def _note(

@@ -92,7 +92,7 @@ class _Transforms(GradientCalls):
                     self._forensics.passed(window, task, task.steps)
                 else:
                     self._open(site, "func", value, inputs)
-                    self._note(site, "func", value, inputs, made)
+                    self._loops.gradient(site, "func", value, inputs, made)
             return result
 
         return grad_and_value_impl
@@ -117,7 +117,7 @@ class _Transforms(GradientCalls):
                         inputs, loss = _tensors(taken), first_tensor(output)
                         site = self._session.sites.here()
                         self._open(site, "func", loss, inputs)
-                        self._note(site, "func", loss, inputs, _tensors(made))
+                        self._loops.gradient(site, "func", loss, inputs, _tensors(made))
                 return made
 
             return (output, watched, *aux)
@@ -132,7 +132,11 @@ class _Transforms(GradientCalls):
                 return original(outputs, inputs, *args, **kwargs)
             guard, inside = self._guard, self._inside
             loss = first_tensor(outputs)
-            if inside.expected and loss is not None and self._is_calm(plain(loss)):
+            if (
+                inside.expected
+                and loss is not None
+                and self._forensics.calm(inside.site, plain(loss))
+            ):
                 inside.before = sequence_number()
                 with guard.gradient_call():
                     result = original(outputs, inputs, *args, **kwargs)
@@ -154,9 +158,6 @@ class _Transforms(GradientCalls):
             return result
 
         return _autograd_grad
-
-    def _is_calm(self, loss: Tensor) -> bool:
-        return self._forensics.calm(self._inside.site, loss)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         return super()._names(self._inside.inputs or inputs)

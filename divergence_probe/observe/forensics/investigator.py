@@ -130,11 +130,8 @@ class Investigator:
             step: which of its steps it is.
             ended: where the update is made by now, the number of the next node after it.
         """
+        self._goes_on(window, task, step)
         windows = self._case.windows
-        last = windows.last
-        if last is not None and last.belongs is None and step:
-            last.task, last.step = task, step - 1
-        window.task, window.step = task, step
         windows.open(window)
         if ended >= 0:
             windows.update_lengths[window.site] = ended - window.after
@@ -357,15 +354,16 @@ class Investigator:
             self._reporter.found(fault, window, None)
 
     def _belongs(self, window: Window, task: Task | None) -> None:
-        """Note the task a gradient call goes on with; the call before it was its last step."""
-        if task is None:
-            return
-        window.task = task
-        window.step = task.steps
+        """Note the task a gradient call goes on with, where it is known."""
+        if task is not None:
+            self._goes_on(window, task, task.steps)
+
+    def _goes_on(self, window: Window, task: Task, step: int) -> None:
+        """A gradient call is a task's ``step``; the call before it was its last one."""
+        window.task, window.step = task, step
         last = self._case.windows.last
-        if last is not None and last is not window and last.task is None and task.steps:
-            last.task = task
-            last.step = task.steps - 1
+        if last is not None and last is not window and last.task is None and step:
+            last.task, last.step = task, step - 1
 
     def _task_of(self, inputs: Inputs) -> Task | None:
         """The open task whose fast weights these are."""

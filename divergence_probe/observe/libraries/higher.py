@@ -20,7 +20,6 @@ from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.forensics.inputs import Names, made_by
 from divergence_probe.observe.forensics.windows import Window
-from divergence_probe.observe.guard import ThreadState
 from divergence_probe.observe.models import KnownModel, fast_module_names
 from divergence_probe.observe.norms import norms
 from divergence_probe.observe.optimizer_facts import Carried, learning_rate_of, state_values
@@ -147,7 +146,7 @@ class _Higher:
                 return original(self_, loss, params, override, grad_callback, **kwargs)
             callback = grad_callback if grad_callback is not None else self_._grad_callback
             params = list(params) if params is not None else None
-            taken = _Taken(loss, self.session.guard.state)
+            taken = _Taken(loss)
             forensics = investigator_of(self.session)
 
             def read(gradients: Any) -> Any:
@@ -158,14 +157,11 @@ class _Higher:
                     forensics.gradient_taken()
                 return applied
 
-            with taken.work:
+            with guard.work():
                 self._open(taken, task, params if params is not None else self_._fmodel.fast_params)
-            taken.work.gradient += 1
-            try:
+            with guard.gradient_call():
                 result = original(self_, loss, params, override, read, **kwargs)
-            finally:
-                taken.work.gradient -= 1
-            with taken.work:
+            with guard.work():
                 self._record(self_, task, taken, list(result))
             return result
 
@@ -179,7 +175,7 @@ class _Higher:
         taken.site = session.sites.here()
         if taken.site >= 0:
             task.data["step_site"] = taken.site
-        taken.calm = not taken.work.transformed and forensics.calm(taken.site, taken.loss)
+        taken.calm = not session.guard.state.transformed and forensics.calm(taken.site, taken.loss)
         taken.calm &= forensics.has_looked(taken.site)
         if taken.calm:
             taken.number = sequence_number()
@@ -247,7 +243,6 @@ class _Taken:
 
     Attributes:
         loss: what its gradient is taken of.
-        work: the thread's state, for our own work.
         before: the parameters, the user's own.
         forwards: what ran forward for it.
         site: number of the user's line.
@@ -259,7 +254,6 @@ class _Taken:
     """
 
     loss: Tensor
-    work: ThreadState
     before: list[Tensor] = field(default_factory=list)
     forwards: Forwards = field(default_factory=lambda: NO_FORWARDS)
     site: int = -1
