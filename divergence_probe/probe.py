@@ -295,6 +295,9 @@ class _Watch:
                     session.close()
                 with guard.work():
                     self._note_exception(error, tasks)
+            elif guard.failure:
+                with guard.work():  # what was seen before, where it can be measured
+                    session.flush()
         finally:
             self._probe._raise_on = level
         self._observer.uninstall()

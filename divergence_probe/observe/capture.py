@@ -71,13 +71,9 @@ class LossCall:
     order: int
 
 
-_ORDER = itertools.count()
+#: A number that grows with every observed forward call of the process.
+next_order = itertools.count().__next__
 _MOST_CALLS = 4096
-
-
-def next_order() -> int:
-    """A number that grows with every observed forward call of the process."""
-    return next(_ORDER)
 
 
 @dataclass(slots=True)

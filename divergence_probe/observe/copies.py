@@ -25,8 +25,9 @@ def install(patches: Patches, session: Session) -> None:
 def _deepcopy(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     def deepcopy(x: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(x, *args, **kwargs)
-        # Only whole models: their modules are copied by calls that carry a memo.
-        if not args and not kwargs and isinstance(x, nn.Module) and session.guard.watching:
+        if args or kwargs:
+            return result  # part of a whole that is copied: only whole models are noted
+        if isinstance(x, nn.Module) and session.guard.watching:
             with session.guard.work():
                 session.models.note_module_copy(result)
         return result
@@ -35,11 +36,15 @@ def _deepcopy(session: Session, original: Callable[..., Any]) -> Callable[..., A
 
 
 def _parameter(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    guard, threads = session.guard, session.guard.threads
+
     def __deepcopy__(self: nn.Parameter, memo: Any) -> Any:  # noqa: N807
         result = original(self, memo)
-        if session.guard.watching:
-            with session.guard.work():
+        if guard.active and not threads.state.away:
+            try:  # (of every parameter, and no operation of torch: lighter than the usual way)
                 session.models.note_copy(result, self)
+            except Exception as error:
+                guard.fail(error)
         return result
 
     return __deepcopy__

@@ -139,11 +139,18 @@ class Follower(TorchFunctionMode):
         pending = self._pending
         if pending is None:
             return result
-        state = self._guard.state
-        if state.gradient or not self._guard.watching or torch.compiler.is_compiling():
+        guard = self._guard
+        state = guard.threads.state
+        if state.gradient or state.away or not guard.active or torch.compiler.is_compiling():
             return result
-        if self._recital is not None:
-            self._listen(pending, self._recital, func, args, kwargs, result)
+        if (recital := self._recital) is not None:
+            try:
+                as_expected = recital.hear(func, args, kwargs, result)
+            except Exception as error:
+                guard.fail(error)
+                return result
+            if not as_expected or recital.complete:
+                self._heard(pending, recital)
             return result
         if self._learning is not None:
             self._learning.append(Heard(func, args, kwargs, result))
@@ -159,28 +166,21 @@ class Follower(TorchFunctionMode):
                 self._forget()
         return result
 
-    def _listen(
-        self, pending: Pending, recital: Recital, func: Any, args: Any, kwargs: Any, result: Any
-    ) -> None:
-        """Hear the next operation of an update known by heart."""
-        try:
-            as_expected = recital.hear(func, args, kwargs, result)
-        except Exception as error:
-            self._guard.fail(error)
-            return
-        if not as_expected:
-            with self._guard.work():
-                self._catch_up(pending, recital)
-        elif recital.complete:
+    def _heard(self, pending: Pending, recital: Recital) -> None:
+        """An update known by heart was heard to its end, or turned out to be another one."""
+        if recital.complete:
             pending.recited = recital
             pending.complete = True
             self._forget()
+        else:
+            with self._guard.work():
+                self._catch_up(pending, recital)
 
     def _catch_up(self, pending: Pending, recital: Recital) -> None:
         """It is another update than the one known: follow what was heard of it so far."""
         self._recital = pending.learned.script = None
         self._tag_all(pending)
-        for one in recital.heard:
+        for one in map(Heard._make, recital.heard):
             operation = operation_of(one.func)
             if not operation.unrelated and self._concerns(operation, one.args, one.kwargs):
                 self._look(pending, operation, one.args, one.kwargs or {}, one.result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter as clock
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
-from divergence_probe.observe.forensics.inputs import made_by
-from divergence_probe.observe.forensics.windows import Window
-from divergence_probe.observe.guard import Guard
+from divergence_probe.observe.guard import Guard, ThreadState
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
-from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.patching import FORWARDED, Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.tensors import in_plain_torch, leaves
+
+_LISTS = (list, tuple)
 
 
 class Taken:
@@ -79,24 +78,10 @@ class GradientCalls:
     def _passes(self) -> bool:
         """Whether a call is not ours to look at: compiled, or part of an observed call."""
         guard = self._guard
-        return torch.compiler.is_compiling() or not guard.watching or bool(guard.state.gradient)
-
-    def _expects(
-        self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
-    ) -> bool:
-        """Whether a gradient is no more than the next step of a known loop, and nothing is wrong.
-
-        Asked in the user's own surroundings, where nothing stands between us and plain tensors.
-        """
-        started, guard = clock(), self._guard
-        try:
-            calm = self._forensics.calm(site, loss)
-            return calm and self._loops.expects(site, function, loss, inputs)
-        except Exception as error:
-            guard.fail(error)
-            return False
-        finally:
-            guard.spent += clock() - started
+        if torch.compiler.is_compiling() or not guard.active:
+            return True
+        state = guard.threads.state
+        return bool(state.away or state.gradient)
 
     def _open(
         self,
@@ -136,17 +121,21 @@ class _Autograd(GradientCalls):
 
     def grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.autograd.grad``."""
+        guard, threads, sites = self._guard, self._guard.threads, self._session.sites
+        expects, is_compiling = self._loops.known.expects, torch.compiler.is_compiling
 
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._passes():
+            if is_compiling() or not guard.active:
+                return original(outputs, inputs, *args, **kwargs)
+            if (state := threads.state).away or state.gradient:
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
-            guard, site = self._guard, -1
-            if type(outputs) is Tensor and type(inputs) in (list, tuple) and in_plain_torch():
-                site = self._session.sites.here()
-                if self._expects(site, "grad", outputs, inputs):
-                    return self._next_step(site, original, outputs, inputs, *args, **kwargs)
+            site = -1
+            if type(outputs) is Tensor and type(inputs) in _LISTS and in_plain_torch():
+                site = sites.here(FORWARDED)
+                if expects(site, "grad", outputs, inputs):
+                    return self._next_step(state, original, outputs, inputs, *args, **kwargs)
             with guard.work():
-                site = site if site >= 0 else self._session.sites.here()
+                site = site if site >= 0 else sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
@@ -166,7 +155,7 @@ class _Autograd(GradientCalls):
 
     def _next_step(
         self,
-        site: int,
+        state: ThreadState,
         original: Callable[..., Any],
         outputs: Tensor,
         inputs: Sequence[Tensor],
@@ -175,24 +164,23 @@ class _Autograd(GradientCalls):
     ) -> Any:
         """Take the gradient that was expected next."""
         before = sequence_number()
+        state.gradient += 1
         try:
-            with self._guard.gradient_call():
-                result = original(outputs, inputs, *args, **kwargs)
+            result = original(outputs, inputs, *args, **kwargs)
         except BaseException:
-            with self._guard.work():
+            with state:
                 self._loops.settle(inputs)
             raise
-        with self._guard.work():
-            task = self._loops.went_on(outputs, inputs, result)
-            if task is not None:
-                window = Window(site, made_by(inputs), before, sequence_number())
-                self._forensics.passed(window, task, task.steps)
+        finally:
+            state.gradient -= 1
+        with state:
+            self._loops.known.went_on(outputs, inputs, result, before, sequence_number())
         return result
 
     def _tapped(
         self, original: Callable[..., Any], outputs: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run a library's own call, and hand its gradients to whoever watches its step."""
+        """Run a call inside an observed one; a library's step is handed its gradients."""
         taken = _TAP.taken
         if taken is None:
             return original(outputs, inputs, *args, **kwargs)

@@ -43,6 +43,7 @@ class ThreadState:
     Attributes:
         own: how deep inside our own work the thread is.
         inside: how deep inside calls that are observed as a whole.
+        away: how deep inside either: what is called there is not the user's.
         gradient: how deep inside gradient calls.
         transform: how deep inside gradients of ``torch.func``, forward and backward.
         differentiable: whether the user's code has gradients enabled, while our own work is done.
@@ -51,17 +52,18 @@ class ThreadState:
     """
 
     __slots__ = (
-        "_clear", "_guard", "_started", "_torch_function",
+        "_clear", "_guard", "_started", "_torch_function", "away",
         "differentiable", "gradient", "inside", "on_stack", "own", "paused", "transform",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._started = 0.0
-        self._torch_function: Any = None
+        self._torch_function = _DisableTorchFunction()
         self._clear: Any = None
         self.own = 0
         self.inside = 0
+        self.away = 0
         self.gradient = 0
         self.transform = 0
         self.differentiable = True
@@ -75,11 +77,11 @@ class ThreadState:
 
     def __enter__(self) -> None:
         self.own += 1
+        self.away += 1
         if self.own > 1:
             return
         self._started = _clock()
         self.differentiable = _is_grad_enabled()
-        self._torch_function = _DisableTorchFunction()
         self._torch_function.__enter__()
         _set_grad_enabled(False)
         if _functorch_active():
@@ -95,6 +97,7 @@ class ThreadState:
     ) -> bool:
         guard = self._guard
         self.own -= 1
+        self.away -= 1
         if self.own == 0:
             if self._clear is not None:
                 self._clear.__exit__(None, None, None)
@@ -136,36 +139,36 @@ class Guard:
         active: False once switched off, by an error of ours or at the end.
         failure: what switched it off, or None.
         spent: seconds spent in our own work so far.
+        threads: has this thread's nesting as ``state``, for those who ask many times a step.
     """
 
     def __init__(self) -> None:
         self.active = True
         self.failure: str | None = None
         self.spent = 0.0
-        self._threads = _Threads(self)
-        self._inside = _Inside(self._threads)
-        self._gradient_call = _GradientCall(self._threads)
+        self.threads = _Threads(self)
+        self._inside = _Inside(self.threads)
+        self._gradient_call = _GradientCall(self.threads)
         _GUARDS.add(self)
 
     @property
     def state(self) -> ThreadState:
         """This thread's nesting."""
-        return self._threads.state
+        return self.threads.state
 
     @property
     def watching(self) -> bool:
         """Whether a call arriving now is the user's and should be looked at."""
-        state = self._threads.state
-        return self.active and state.own == 0 and state.inside == 0
+        return self.active and not self.threads.state.away
 
     @property
     def differentiable(self) -> bool:
         """Whether the user's code has gradients enabled, asked from inside our own work."""
-        return self._threads.state.differentiable
+        return self.threads.state.differentiable
 
     def work(self) -> ThreadState:
         """Our own work inside the user's call; an error switches the probe off, once, warned."""
-        return self._threads.state
+        return self.threads.state
 
     def inside(self) -> _Inside:
         """Inside a call that is already observed as a whole; what it calls is not looked at."""
@@ -209,10 +212,12 @@ class _Inside:
             state.paused = state.on_stack
             state.paused.pause()
         state.inside += 1
+        state.away += 1
 
     def __exit__(self, *error: object) -> None:
         state = self._threads.state
         state.inside -= 1
+        state.away -= 1
         if state.paused is not None and not state.inside:
             paused, state.paused = state.paused, None
             paused.resume()

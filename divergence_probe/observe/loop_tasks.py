@@ -22,7 +22,7 @@ from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, is_whole, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import physical, was_left_alone
+from divergence_probe.observe.tensors import are, identities, physical, references, was_left_alone
 from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:
@@ -75,18 +75,22 @@ class LoopTasks:
         self, task: Task, pending: Pending, values: Values, flags: int, made: Values
     ) -> None:
         """An inner step that made ``made``, of the values ``values``."""
-        columns: Sequence[Values] = (pending.before, values, pending.gradients)
         positions, width = task.positions, len(task.known.layout.parameters)
-        task.inputs = [ref(t) if t is not None else None for t in made]
-        task.fast = task.inputs
+        before: Values = pending.before
+        gradients = pending.gradients
+        task.inputs = task.fast = references(made)
         if not is_whole(positions, width):
-            columns = [spread(column, positions, width) for column in columns]
+            before, values, gradients = (
+                spread(column, positions, width) for column in (before, values, gradients)
+            )
             task.fast = [None] * width
             for reference, position in zip(task.inputs, positions, strict=True):
                 task.fast[position] = reference
         self._session.step(
             task,
-            *columns,
+            before,
+            values,
+            gradients,
             loss=pending.loss,
             learning_rate=None,
             site=pending.site,
@@ -116,12 +120,7 @@ class LoopTasks:
 
         So it is in almost every step of a loop that makes new tensors; nothing else is asked then.
         """
-        if task.ended or task.in_place or len(task.inputs) != len(inputs):
-            return False
-        return bool(inputs) and all(
-            reference is not None and reference() is tensor
-            for reference, tensor in zip(task.inputs, inputs, strict=True)
-        )
+        return bool(inputs) and not task.ended and not task.in_place and are(task.inputs, inputs)
 
     def continues(self, task: Task, pending: Pending) -> bool:
         """Whether the gradient was taken of the task's own fast weights."""
@@ -180,7 +179,10 @@ class LoopTasks:
             for tensor in tensors:
                 if tensor is not None and tensor.is_leaf:
                     models.note_begun(tensor)
-        task.began = [ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)]
+        if not pending.by_identity:
+            task.began = [
+                ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
+            ]
         gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
         if not own and copied is None and len(task.began) + gone == len(tensors):
             models.note_begun_alike(known)
@@ -208,8 +210,11 @@ class LoopTasks:
 
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""
-        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
-        return self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
+        forwards = self._session.loose.forwards
+        if not forwards.normalizations:
+            return forwards.take()
+        fast = identities(task.fast)
+        return forwards.take_used_by(lambda weight: id(weight) in fast)
 
     def _outer(self, pending: Pending, update: Update) -> None:
         self.end_task()
@@ -266,7 +271,7 @@ class LoopTasks:
         task = self._thread.task
         if task is not None and not task.ended:
             return task
-        inputs = {id(t) for r in pending.inputs if (t := r()) is not None}
+        inputs = identities(pending.inputs)
         for task in reversed(self._session.open):
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task

@@ -9,14 +9,15 @@ between two steps by other means is a restored base, and begins a new task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
-from divergence_probe.observe.capture import NO_FORWARDS, Forwards
+from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
+from divergence_probe.observe.known_loops import KnownLoops, order
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
 from divergence_probe.observe.models import base_among
 from divergence_probe.observe.naming import named
@@ -27,16 +28,15 @@ from divergence_probe.observe.snapshot import (
     Values,
     are_whole,
     gathered,
+    is_empty,
     kept,
     pair,
     snapshot,
 )
-from divergence_probe.observe.steady import is_next_step
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
     base_of,
     batched,
-    carries_graph,
     leaves,
     physical,
 )
@@ -51,6 +51,7 @@ class Loops:
         self._states: list[dict[str, Any]] = []
         self._thread = LoopThread(self._states)
         self.tasks = LoopTasks(session, self._thread)
+        self.known = KnownLoops(session, self._thread, self.tasks, self._wait_for, self._foreign_to)
         self._learned: dict[int, Learned] = {}
         session.closing.append(self.close)
         session.restoring.append(self._restored)
@@ -95,55 +96,6 @@ class Loops:
                 thread.follower.stop()
             self.settle(inputs)
 
-    def expects(
-        self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
-    ) -> bool:
-        """Whether a gradient about to be taken can only be the next step of a known loop.
-
-        Then neither :meth:`opening` nor :meth:`gradient` is called, but :meth:`went_on`.
-        """
-        thread = self._thread
-        pending, task, opened = thread.pending, thread.task, self._session.open
-        if pending is None or not is_next_step(pending, site, function, loss, inputs):
-            return False
-        # Where other tasks are open, this may be the query of one of them.
-        return not opened or (len(opened) == 1 and opened[0] is task)
-
-    def went_on(
-        self,
-        loss: Tensor | None,
-        inputs: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-    ) -> Task | None:
-        """The expected gradient was taken: its inputs are what the update before it made.
-
-        Returns:
-            Its task; None, and nothing is done, where that update was settled in the meantime.
-        """
-        session, thread = self._session, self._thread
-        pending = thread.pending
-        if pending is None:
-            return None
-        if pending.task is None or pending.task.ended or pending.task is not thread.task:
-            pending.task = self.tasks.start(pending, in_place=False)
-        values, slopes = pair(inputs, gradients, (False, False), like=pending.before)
-        pending.learned.confirmed += 1
-        self.tasks.record(pending.task, pending, values, pending.flags, inputs)
-        pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
-        pending.before = cast(Sequence[Tensor], values)
-        pending.gradients = slopes
-        pending.flags = _order(gradients)
-        pending.set_loss(loss)
-        forwards = session.loose.forwards
-        if forwards.only_a_loss:
-            forwards.losses.clear()
-            pending.forwards = NO_FORWARDS
-        else:
-            pending.forwards = forwards.split_for(loss, self._foreign_to(inputs))
-            session.name_forwards(pending.forwards, pending.task.known, pending.task)
-        self._wait_for(pending, loss, inputs, gradients)
-        return pending.task
-
     def gradient(
         self,
         site: int,
@@ -180,7 +132,9 @@ class Loops:
         thread.pending = pending
         if pending.inputs and not any(gradient is not None for gradient in gradients):
             self._runs_base_weights(loss, inputs)
-        if self._needs_following(pending):
+        following = self._needs_following(pending)
+        pending.in_the_middle = not following and _is_plain(pending)
+        if following:
             if thread.follower is None:
                 thread.follower = Follower(self._session.guard)
             thread.follower.follow(pending, gradients)
@@ -217,12 +171,12 @@ class Loops:
         pending = Pending(
             site=site,
             function=function,
-            inputs=[ref(tensor) for tensor in inputs],
+            inputs=list(map(ref, inputs)),
             before=before,
             gradients=slopes,
             forwards=forwards,
             learned=learned,
-            flags=_order(made),
+            flags=order(made),
             width=width,
         )
         pending.set_loss(loss)
@@ -277,14 +231,18 @@ class Loops:
             pending.task = task
             self.tasks.reorder(task, pending)
         elif inputs:
-            pending.named = named(self._session.models, inputs, inputs)
+            models = self._session.models
+            pending.named = models.find_all(inputs)
+            pending.by_identity = pending.named is not None
+            if pending.named is None:
+                pending.named = named(models, inputs, inputs)
             # An in-place update of these is an outer step by hand.
-            pending.of_base = base_among(self._session.bases, inputs) is not None or any(
-                map(self._session.models.begun, inputs)
+            pending.of_base = (
+                any(map(models.begun, inputs))
+                or base_among(self._session.bases, inputs) is not None
             )
-            origins = [self._session.models.origin_of(tensor) for tensor in inputs]
-            present = [ref(origin) for origin in origins if origin is not None]
-            pending.origins = present if len(present) == len(inputs) else None
+            origins = models.origins_of(inputs)
+            pending.origins = list(map(ref, origins)) if origins is not None else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
             self._session.name_forwards(pending.forwards, known, pending.task)
@@ -420,10 +378,15 @@ class Loops:
             self._thread.follower.stop()
 
 
-def _order(gradients: Sequence[Tensor | None]) -> int:
-    """Flags: whether something can still differentiate through one of the gradients."""
-    graph = any(g is not None and carries_graph(g) for g in gradients)
-    return FLAGS["second_order"] if graph else 0
+def _is_plain(pending: Pending) -> bool:
+    """Whether what the next gradient is taken of tells it: no optimizer steps, no vmap."""
+    return (
+        pending.width == 1
+        and pending.learned.optimizer is None
+        and bool(pending.inputs)
+        and not pending.candidates
+        and not is_empty(pending.gradients)
+    )
 
 
 def _there(values: Values) -> list[Tensor]:

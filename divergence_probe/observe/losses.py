@@ -36,13 +36,17 @@ def install(patches: Patches, session: Session) -> None:
 
 
 def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    guard, inside = session.guard, session.guard.inside()
+    guard, inside, is_compiling = session.guard, session.guard.inside(), torch.compiler.is_compiling
+    threads = guard.threads
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not guard.watching:
+        if is_compiling() or not guard.active or (state := threads.state).away:
             return original(*args, **kwargs)
-        with inside:  # cross_entropy calls nll_loss
+        if state.on_stack is None:
             result = original(*args, **kwargs)
+        else:
+            with inside:
+                result = original(*args, **kwargs)
         if type(result) is Tensor and in_plain_torch() and result.is_cpu:
             if result.numel() == 1:
                 _keep(session, result, result.item())

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from divergence_probe.observe.tensors import is_fresh
+from divergence_probe.observe.tensors import are, is_fresh
 from divergence_probe.record.schema import Layout, ParameterInfo
 
 #: Wrappers that prefix every name without being part of the user's model.
@@ -168,6 +168,18 @@ class Models:
             return None
         return entry[1], entry[2]
 
+    def find_all(self, tensors: Sequence[Tensor | None]) -> tuple[KnownModel, list[int]] | None:
+        """The one model that owns all of ``tensors``, and their positions in it, by identity."""
+        found = self.find(tensors[0]) if tensors and tensors[0] is not None else None
+        if found is None:
+            return None
+        owner = found[0]
+        if are(owner.parameters, tensors):  # type: ignore[arg-type]
+            return owner, list(range(len(tensors)))
+        places = [self.find(t) if t is not None else None for t in tensors]
+        positions = [place[1] for place in places if place is not None and place[0] is owner]
+        return (owner, positions) if len(positions) == len(tensors) else None
+
     def owner(self, module: nn.Module) -> tuple[KnownModel, str] | None:
         """The known model that contains ``module``, and the module's name in it."""
         for known in list(self._by_model.values()):
@@ -237,6 +249,14 @@ class Models:
         """What ``tensor`` was deep-copied from, if it is a copy."""
         entry = self._copies.get(id(tensor))
         return entry[1]() if entry is not None and entry[0]() is tensor else None
+
+    def origins_of(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """What each of ``tensors`` was deep-copied from; None where one is no copy."""
+        if not self._copies:
+            return None
+        origins = [self.origin_of(tensor) for tensor in tensors]
+        present = [origin for origin in origins if origin is not None]
+        return present if len(present) == len(origins) else None
 
     def note(self, tensor: Tensor, known: KnownModel, position: int) -> None:
         """``tensor`` stands in for a parameter of a known model (``functional_call``)."""

@@ -79,9 +79,11 @@ def scalars(values: Sequence[Number]) -> list[float]:
     result = [float("nan")] * len(values)
     by_device: dict[torch.device, list[int]] = {}
     for position, value in enumerate(values):
+        if value is None:
+            continue
         if isinstance(value, Tensor) and value.device.type != "cpu":
             by_device.setdefault(value.device, []).append(position)
-        elif value is not None:
+        else:
             result[position] = float(value)
     for positions in by_device.values():
         chosen = [value for p in positions if isinstance(value := values[p], Tensor)]

@@ -33,7 +33,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, pair, snapshot, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import was_left_alone
+from divergence_probe.observe.tensors import identities, was_left_alone
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -175,7 +175,7 @@ class Optimizers:
 
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
-        moved = base_among(self._session.bases, parameters)
+        moved = self._base_of(parameters)
         base: KnownModel | None = None
         if moved is not None:
             known, places = moved
@@ -204,6 +204,13 @@ class Optimizers:
             base,
             facts.carried() if not outer else Carried(),
         )
+
+    def _base_of(self, parameters: list[Tensor]) -> tuple[KnownModel, dict[int, int]] | None:
+        """The base most of ``parameters`` belong to; and of those that do, their places in it."""
+        whole = self._session.models.find_all(parameters)
+        if whole is not None and whole[0] in self._session.bases:
+            return whole[0], dict(enumerate(whole[1]))
+        return base_among(self._session.bases, parameters)
 
     def _identify(
         self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
@@ -247,9 +254,8 @@ class Optimizers:
         pending = self._loops.pending
         if pending is None or pending.function != "backward":
             return None
-        ids = {id(parameter) for parameter in parameters}
-        inputs = [tensor for r in pending.inputs if (tensor := r()) is not None]
-        if inputs and not any(id(tensor) in ids for tensor in inputs):
+        inputs = identities(pending.inputs)
+        if inputs and inputs.isdisjoint(map(id, parameters)):
             return None
         pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
         return self._loops.take_pending()

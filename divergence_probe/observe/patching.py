@@ -11,6 +11,9 @@ from typing import Any
 #: line that called it, and is filtered by that line's module, as without us.
 PASSED_OVER = "<divergence_probe, passed over by warnings like importlib._bootstrap>"
 
+#: How many frames a handler is away from the line that called the function it stands for.
+FORWARDED = 3
+
 _FORWARDING = """
 def {name}(*args, **kwargs):
     return {handler}(*args, **kwargs)

@@ -114,8 +114,10 @@ class Pending:
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
+        by_identity: whether its inputs are that model's own parameters.
         of_base: whether its inputs are the base of earlier tasks.
         origins: what its inputs were deep-copied from, where they all were.
+        in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
     """
 
     site: int
@@ -142,17 +144,15 @@ class Pending:
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
+    by_identity: bool = False
     of_base: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
+    in_the_middle: bool = False
 
     def set_loss(self, loss: Tensor | None) -> None:
         """Note what the gradient was taken of, and its value where it is a single number."""
-        self.loss = self.loss_of = None
-        if loss is not None:
-            self.loss_of = weakref.ref(loss)
-            if loss.numel() == 1:
-                value = physical(loss)[0]
-                self.loss = value.item() if is_number_at_hand(value) else value.detach()
+        self.loss_of = weakref.ref(loss) if loss is not None else None
+        self.loss = number_of(loss)
 
     def expect_evidence(self) -> None:
         """Make room for what is seen of each input; empty as long as nothing is followed."""
@@ -235,3 +235,11 @@ class Pending:
                 self.candidates, learned.candidates, shapes_of(self.gradients), strict=True
             )
         )
+
+
+def number_of(loss: Tensor | None) -> Number:
+    """The value of a loss of a single number; a tensor where reading it would be waiting for it."""
+    if loss is None or loss.numel() != 1:
+        return None
+    value = physical(loss)[0]
+    return value.item() if is_number_at_hand(value) else value.detach()

@@ -43,17 +43,14 @@ class Script:
     """The operations of one update.
 
     Attributes:
-        operations: what a function mode is handed, in order.
-        makes: for each of them, which input's updated parameter it makes; -1 none.
-        takes: for each of them, which of its arguments is that input.
+        lines: in order, what a function mode is handed; which input's updated parameter that makes,
+            -1 none; and which of its arguments that input is.
         parameters: how many inputs there are.
         differentiable: whether gradients are enabled.
         cut: whether every gradient in the update is detached.
     """
 
-    operations: tuple[Any, ...]
-    makes: tuple[int, ...]
-    takes: tuple[int, ...]
+    lines: tuple[tuple[Any, int, int], ...]
     parameters: int
     differentiable: bool
     cut: bool
@@ -90,8 +87,8 @@ class Script:
             if not given:
                 return None
             makes[place], takes[place] = index, given[0]
-        operations = tuple(one.func for one in heard)
-        return cls(operations, tuple(makes), tuple(takes), len(inputs), differentiable, cut)
+        lines = tuple(zip([one.func for one in heard], makes, takes, strict=True))
+        return cls(lines, len(inputs), differentiable, cut)
 
 
 @dataclass(slots=True)
@@ -108,7 +105,9 @@ class Recital:
 
     script: Script
     inputs: Sequence[ref[Tensor]]
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[tuple[Any, tuple[Any, ...], dict[str, Any] | None, Any]] = field(
+        default_factory=list
+    )
     made: list[tuple[ref[Tensor], Tensor] | None] = field(default_factory=list)
     complete: bool = False
 
@@ -118,13 +117,12 @@ class Recital:
     def hear(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> bool:
         """Take the next operation; False where another one was expected."""
         script, heard = self.script, self.heard
-        position = len(heard)
-        heard.append(Heard(func, args, kwargs, result))
-        if func != script.operations[position]:
+        operation, index, given = script.lines[len(heard)]
+        heard.append((func, args, kwargs, result))
+        if func != operation:
             return False
-        index = script.makes[position]
         if index >= 0:
-            parameter, given = self.inputs[index](), script.takes[position]
+            parameter = self.inputs[index]()
             if (
                 parameter is None
                 or given >= len(args)
@@ -136,6 +134,6 @@ class Recital:
             ):
                 return False
             self.made[index] = ref(result), result.detach()
-        if position + 1 == len(script.operations):
+        if len(heard) == len(script.lines):
             self.complete, self.heard = True, []
         return True

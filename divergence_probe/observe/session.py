@@ -99,8 +99,9 @@ class Session:
         self._indices = itertools.count()
         self._rows: list[Row] = []
         self._parts: list[Block] = []
-        self._count = 0
-        self._bytes = 0
+        self._measured_rows = 0
+        self._room = _BYTES_PER_BLOCK
+        self._layout = -1
         self._events: list[Event] = []
         self._lock = threading.RLock()
 
@@ -216,15 +217,15 @@ class Session:
             QUERY if self.phase == "query" else SUPPORT,
             task.known.layout.index,
             site,
-            self.seconds(),
+            time.perf_counter() - self._started,
             before,
             after,
             gradients,
-            forwards.measurable(),
+            forwards if forwards is NO_FORWARDS else forwards.measurable(),
             loss,
             learning_rate,
             flags,
-            max(width, task.width),
+            width if width > 1 else task.width,
             task.last,
             carried,
         )
@@ -349,9 +350,10 @@ class Session:
 
     def current_forwards(self) -> Forwards:
         """Where a forward that names no module belongs: the open task's, else the thread's."""
-        for task in reversed(self.open):
-            if task.module_names is not None:
-                return task.forwards
+        if self.open:
+            for task in reversed(self.open):
+                if task.module_names is not None:
+                    return task.forwards
         return self.loose.forwards
 
     def finish_task(self, task: Task) -> None:
@@ -396,31 +398,45 @@ class Session:
                 self._hold(task, row)
                 return
         with self._lock:
-            if self._rows and self._rows[-1].layout != row.layout:
-                self.flush()
+            if row.layout != self._layout:
+                if self._rows:
+                    self.flush()
+                self._layout = row.layout
             self._rows.append(row)
-            self._count += 1
-            self._bytes += self._row_bytes(row)
-            if self.eager or self._count >= _ROWS_PER_BLOCK or _alarming(row.loss):
+            self._room -= self._room_of(row)
+            if self.eager or _alarming(row.loss):
                 self.flush()
-            elif len(self._rows) > _ROWS_AT_ONCE or self._bytes > _BYTES_PER_BLOCK:
-                # All but the last, which a second optimizer may still complete.
-                self._part(self._rows[:-1])
-                self._rows = self._rows[-1:]
-                self._bytes = self._row_bytes(row)
+            elif self._room < 0:
+                self._make_room(row)
 
-    def _row_bytes(self, row: Row) -> int:
-        """Bytes a row keeps alive; the same for every row of a layout, near enough."""
+    def _make_room(self, latest: Row) -> None:
+        """Measure what is pending, but for the last row: a second optimizer may still complete it.
+
+        A block is closed once enough of its rows are measured.
+        """
+        if self._measured_rows + len(self._rows) > _ROWS_PER_BLOCK:
+            self.flush()
+            return
+        self._part(self._rows[:-1])
+        self._rows = [latest]
+        self._room = _BYTES_PER_BLOCK - self._room_of(latest)
+
+    def _room_of(self, row: Row) -> int:
+        """What a row takes of the bytes that may be kept alive, so that few enough are pending.
+
+        It is the same for every row of a layout, near enough.
+        """
         known = self._sizes.get((row.layout, row.phase))
         if known is None:
-            known = self._sizes[row.layout, row.phase] = row.size()
+            size = max(row.size(), _BYTES_PER_BLOCK // _ROWS_AT_ONCE)
+            known = self._sizes[row.layout, row.phase] = size
         return known
 
     def _hold(self, task: Task, row: Row) -> None:
         """Keep a provisional task's row, but never many: ordinary training goes on for ever."""
         row.previous = None if len(task.held) >= _ROWS_HELD else row.previous
         task.held.append(row)
-        if len(task.held) > _ROWS_HELD or self._row_bytes(row) * len(task.held) > _BYTES_PER_BLOCK:
+        if len(task.held) > _ROWS_HELD or self._room_of(row) * len(task.held) > _BYTES_PER_BLOCK:
             del task.held[0]
             task.held[0].previous = None
 
@@ -428,7 +444,8 @@ class Session:
         """Measure the pending rows and hand them on as a block."""
         with self._lock:
             self._flushed = time.perf_counter()
-            rows, self._rows, self._bytes, self._count = self._rows, [], 0, 0
+            rows, self._rows = self._rows, []
+            self._measured_rows, self._room = 0, _BYTES_PER_BLOCK
             events, self._events = self._events, []
             if not rows and not events:
                 return
@@ -446,6 +463,7 @@ class Session:
         layout = self.models.layouts[rows[0].layout]
         with _no_user_modes():
             self._parts.append(build_block(rows, layout, self.sites.table, [], self._rank))
+        self._measured_rows += len(rows)
         for row in rows:
             row.previous = row.preceding = None
 
@@ -482,11 +500,13 @@ def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool
 
 def _alarming(loss: Number) -> bool:
     """Whether a loss is visibly non-finite, looked at only where that needs no GPU sync."""
+    if loss is None:
+        return False
     if isinstance(loss, Tensor):
         if not loss.is_cpu or loss.numel() != 1:
             return False
         loss = loss.item()
-    return loss is not None and not math.isfinite(loss)
+    return not math.isfinite(loss)
 
 
 def _no_user_modes() -> AbstractContextManager[Any]:

@@ -83,7 +83,8 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
     table = np.asarray(
         [
             (r.task, r.step, r.phase, r.layout, r.site, r.seconds, r.flags,
-             r.loss is not None, r.learning_rate is not None, _total_norm(r.carried))
+             r.loss is not None, r.learning_rate is not None,
+             _total_norm(r.carried) if r.carried else 0.0)
             for r in rows
         ],
         dtype=np.float64,
@@ -105,7 +106,7 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> float:
-    return float(np.sqrt(np.square(norms(tensors)).sum())) if tensors else 0.0
+    return float(np.sqrt(np.square(norms(tensors)).sum()))
 
 
 def _per_task(rows: Sequence[Row], values: Sequence[Number]) -> Array:

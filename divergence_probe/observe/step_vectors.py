@@ -115,16 +115,19 @@ class Vectors:
     def position(self, values: Values) -> int:
         """The row of ``values``; the same object always has the same one."""
         if isinstance(values, Snapshot):
-            return self._place(id(values.store), values.store) + values.start // self._width
+            store = values.store
+            first = self._positions.get(id(store))
+            if first is None:
+                first = self._place(id(store), store)
+            return first + values.start // self._width
         known = self._positions.get(id(values))
         return known if known is not None else self._place(id(values), _vector(values))
 
     def _place(self, key: int, store: Tensor | None) -> int:
-        position = self._positions.setdefault(key, self._rows)
-        if position == self._rows:
-            sets, rest = divmod(store.numel(), self._width) if store is not None else (1, 1)
-            self._stores.append(None if rest else store)
-            self._rows += sets
+        position = self._positions[key] = self._rows
+        sets, rest = divmod(store.numel(), self._width) if store is not None else (1, 1)
+        self._stores.append(None if rest else store)
+        self._rows += sets
         return position
 
     def stacked(self) -> Tensor | None:
@@ -133,7 +136,7 @@ class Vectors:
             matrix = torch.cat(self._stores)  # type: ignore[arg-type]
         except (TypeError, RuntimeError):
             return None
-        alike = all(store is not None and store.dtype is matrix.dtype for store in self._stores)
+        alike = {store.dtype for store in self._stores if store is not None} == {matrix.dtype}
         if (
             matrix.numel() != self._rows * self._width
             or not matrix.is_floating_point()

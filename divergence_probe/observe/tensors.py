@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Sequence
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -15,12 +18,35 @@ from torch._C._functorch import (
 
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._are_functorch_transforms_active
+are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
-    return not (_function_modes() or _transforms() or _dispatch_modes())
+    return not (_function_modes() or are_transforms_active() or _dispatch_modes())
+
+
+def references(tensors: Sequence[Tensor | None]) -> list[weakref.ref[Tensor] | None]:
+    """Weak references, None where there is no tensor."""
+    try:
+        return list(map(weakref.ref, tensors))  # type: ignore[arg-type]
+    except TypeError:  # None among them
+        return [weakref.ref(tensor) if tensor is not None else None for tensor in tensors]
+
+
+def are(references: Sequence[weakref.ref[Tensor] | None], tensors: Sequence[Tensor]) -> bool:
+    """Whether ``references`` are of these very tensors, in this order."""
+    if len(references) != len(tensors):
+        return False
+    try:  # all of it in C: it is asked of every step
+        return all(map(is_, map(call, references), tensors))  # type: ignore[arg-type]
+    except TypeError:  # None among them
+        return False
+
+
+def identities(references: Iterable[weakref.ref[Tensor] | None]) -> set[int]:
+    """``id`` of every tensor that is still there."""
+    return {id(t) for r in references if r is not None and (t := r()) is not None}
 
 
 def plain(tensor: Tensor) -> Tensor:

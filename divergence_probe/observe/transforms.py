@@ -6,18 +6,16 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import eager_transforms
 from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.forensics.checking_mode import sequence_number
-from divergence_probe.observe.forensics.inputs import made_by
-from divergence_probe.observe.forensics.windows import Window
 from divergence_probe.observe.gradients import GradientCalls, first_tensor
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import plain
+from divergence_probe.observe.tensors import are_transforms_active, plain
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -26,6 +24,11 @@ def install(patches: Patches, session: Session, loops: Loops) -> None:
     patches.set_attribute(eager_transforms, "grad_and_value_impl", watch.func)
     patches.set_attribute(eager_transforms, "_vjp_with_argnums", watch.vjp)
     patches.set_attribute(eager_transforms, "_autograd_grad", watch.inner)
+
+
+# How many frames a handler's helper is away from whoever called the handler.
+_BEHIND_HANDLER = 3
+_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 class _Inside(threading.local):
@@ -61,14 +64,10 @@ class _Transforms(GradientCalls):
         ) -> Any:
             if self._passes():
                 return original(func, argnums, has_aux, args, kwargs)
-            inputs: list[Tensor] = []
-            work, inside, expected = self._guard.work(), self._inside, False
-            with work:
-                site = self._session.sites.here()
-                inputs = _tensors([args[i] for i in _tuple(argnums)])
-                if not work.transformed:
-                    expected = self._expects(site, "func", None, inputs)
-                if not expected:
+            work, inside = self._guard.work(), self._inside
+            site, inputs, expected = self._begin(argnums, args)
+            if not expected:
+                with work:
                     self._loops.settle(inputs)  # its forward is still to come: nothing to split yet
             outer = inside.site, inside.inputs, inside.expected
             inside.site, inside.inputs, inside.expected = site, inputs, expected
@@ -86,16 +85,29 @@ class _Transforms(GradientCalls):
                 inside.site, inside.inputs, inside.expected = outer
             with work:
                 value, made = result[1][0] if has_aux else result[1], _tensors(result[0])
-                task = self._loops.went_on(value, inputs, made) if expected else None
-                if task is not None:
-                    window = Window(site, made_by(inputs), inside.before, inside.after)
-                    self._forensics.passed(window, task, task.steps)
-                else:
+                if not expected or not self._loops.known.went_on(
+                    value, inputs, made, inside.before, inside.after
+                ):
                     self._open(site, "func", value, inputs)
                     self._loops.gradient(site, "func", value, inputs, made)
             return result
 
         return grad_and_value_impl
+
+    def _begin(self, argnums: Any, args: Any) -> tuple[int, list[Tensor], bool]:
+        """The line of a gradient, what it is taken of, and whether that was expected next."""
+        try:
+            site = self._session.sites.here(_BEHIND_HANDLER)
+            inputs = _tensors([args[i] for i in _tuple(argnums)])
+        except Exception as error:
+            self._guard.fail(error)
+            return -1, [], False
+        plain_torch = not are_transforms_active()
+        return (
+            site,
+            inputs,
+            plain_torch and self._loops.known.expects(site, "func", None, inputs),
+        )
 
     def vjp(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.func.vjp``: the gradient is taken when the returned function is called."""
@@ -165,12 +177,12 @@ class _Transforms(GradientCalls):
 
 def _tensors(tree: Any) -> list[Tensor]:
     if type(tree) is dict:  # by far the most common, and pytrees walk slowly
-        if all(isinstance(leaf, Tensor) for leaf in tree.values()):
+        if _TENSORS.issuperset(map(type, tree.values())):
             return list(tree.values())
     elif type(tree) in (list, tuple):
         if len(tree) == 1 and type(tree[0]) is dict:
             return _tensors(tree[0])
-        if all(isinstance(leaf, Tensor) for leaf in tree):
+        if _TENSORS.issuperset(map(type, tree)):
             return list(tree)
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 

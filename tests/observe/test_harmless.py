@@ -192,7 +192,6 @@ def test_what_was_seen_before_a_fault_of_ours_is_kept_but_never_called_healthy(m
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Session, "step", failing)
-    monkeypatch.setattr("divergence_probe.observe.session._ROWS_PER_BLOCK", 2)
     with (
         pytest.warns(RuntimeWarning, match="switched itself off"),
         divergence_probe.attach() as probe,

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import divergence_probe
 from divergence_probe.observe.following import Follower
-from divergence_probe.observe.loops import Loops
+from divergence_probe.observe.known_loops import KnownLoops
 from tests import coverage_matrix
 from tests.coverage_loops.notes import RATE, Net, Notes, batch, forward
 
@@ -130,18 +130,18 @@ def test_a_known_loop_is_not_followed_through_its_operations(
     looks: list[int] = []
     expected: list[int] = []
     tasks: list[int] = []
-    look, went_on = Follower._look, Loops.went_on
+    look, went_on = Follower._look, KnownLoops.went_on
 
     def counting(self: Follower, *args: object) -> None:
         looks.append(len(tasks))
         look(self, *args)  # type: ignore[arg-type]
 
-    def counted(self: Loops, *args: object) -> object:
+    def counted(self: KnownLoops, *args: object) -> object:
         expected.append(len(tasks))
         return went_on(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Follower, "_look", counting)
-    monkeypatch.setattr(Loops, "went_on", counted)
+    monkeypatch.setattr(KnownLoops, "went_on", counted)
 
     def steps(task: int) -> int:
         tasks.append(task)

@@ -130,8 +130,8 @@ class Investigator:
             step: which of its steps it is.
             ended: where the update is made by now, the number of the next node after it.
         """
-        self._goes_on(window, task, step)
         windows = self._case.windows
+        windows.go_on(window, task, step)
         windows.open(window)
         if ended >= 0:
             windows.update_lengths[window.site] = ended - window.after
@@ -290,7 +290,8 @@ class Investigator:
     def _own_task(self, graph: Graph, window: Window) -> None:
         """A gradient through finished steps belongs to the task they are of."""
         if window.task is None and self._case.windows.unrolled(graph.nodes, window) is not None:
-            window.task = next(reversed(self._session.open), None)
+            task = next(reversed(self._session.open), None)
+            window.belongs = weakref.ref(task) if task is not None else None
 
     def _fault_of(
         self, node: Any, values: Range, dtype: str, window: Window
@@ -356,14 +357,7 @@ class Investigator:
     def _belongs(self, window: Window, task: Task | None) -> None:
         """Note the task a gradient call goes on with, where it is known."""
         if task is not None:
-            self._goes_on(window, task, task.steps)
-
-    def _goes_on(self, window: Window, task: Task, step: int) -> None:
-        """A gradient call is a task's ``step``; the call before it was its last one."""
-        window.task, window.step = task, step
-        last = self._case.windows.last
-        if last is not None and last is not window and last.task is None and step:
-            last.task, last.step = task, step - 1
+            self._case.windows.go_on(window, task, task.steps)
 
     def _task_of(self, inputs: Inputs) -> Task | None:
         """The open task whose fast weights these are."""

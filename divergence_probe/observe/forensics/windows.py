@@ -47,10 +47,6 @@ class Window:
         """Its task, where it is known and goes on."""
         return self.belongs() if self.belongs is not None else None
 
-    @task.setter
-    def task(self, task: Task | None) -> None:
-        self.belongs = weakref.ref(task) if task is not None else None
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -80,10 +76,18 @@ class Windows:
 
     def open(self, window: Window) -> None:
         """A gradient call begins; what its inputs show tells how long the last update was."""
-        if self.all and window.fast > self.all[-1].after > 0:
-            last = self.all[-1]
+        last = self.all[-1] if self.all else None
+        if last is not None and window.fast > last.after > 0:
             self.update_lengths[last.site] = window.fast - last.after
         self.all.append(window)
+
+    def go_on(self, window: Window, task: Task, step: int) -> None:
+        """A gradient call is a task's ``step``; the call before it was its last one."""
+        belongs = weakref.ref(task)
+        window.belongs, window.step = belongs, step
+        last = self.all[-1] if self.all else None
+        if step and last is not None and last is not window and last.task is None:
+            last.belongs, last.step = belongs, step - 1
 
     @property
     def last(self) -> Window | None:

@@ -27,7 +27,7 @@ from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, pair, snapshot
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import is_number_at_hand
+from divergence_probe.observe.tensors import are, is_number_at_hand
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
@@ -271,10 +271,7 @@ def _names_in(task: Task) -> Names:
 
 def _values(task: Task, before: list[Tensor]) -> Values:
     """Parameters before a step: what the step before made, where it is the same."""
-    same = len(task.fast) == len(before) and all(
-        r is not None and r() is t for r, t in zip(task.fast, before, strict=True)
-    )
-    if same and task.last is not None:
+    if task.last is not None and are(task.fast, before):
         return task.last.after
     return snapshot(before, copy=False)
 

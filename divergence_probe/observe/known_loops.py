@@ -1,0 +1,177 @@
+"""The middle of a task whose loop is known: a gradient that can only be the next step's.
+
+In a loop of five steps, four gradients of five are of this kind, so they are asked the least that
+tells them apart and written down in one go. Whatever is not exactly as expected goes the long way
+through :mod:`.loops`, which asks everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from time import perf_counter as clock
+from weakref import ref
+
+from torch import Tensor
+
+from divergence_probe.observe.capture import NO_FORWARDS, Number
+from divergence_probe.observe.forensics import investigator_of
+from divergence_probe.observe.forensics.inputs import made_by
+from divergence_probe.observe.forensics.windows import Window
+from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
+from divergence_probe.observe.pending import Pending, number_of
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import Snapshot, Values, pair, shapes_of
+from divergence_probe.observe.tensors import IDENTITIES, carries_graph
+from divergence_probe.record.schema import FLAGS
+
+# Asked of every parameter by C code: a loop over them costs more than all the rest.
+_shape, _is_leaf, _requires_grad = map(attrgetter, ("shape", "is_leaf", "requires_grad"))
+_PLAIN = {Tensor}
+_NO_COPIES = (False, False)
+
+
+class KnownLoops:
+    """Steps of loops whose course is known: :meth:`expects` tells them, :meth:`went_on` notes them.
+
+    Args:
+        session: takes the steps.
+        thread: what the thread is in the middle of.
+        tasks: the tasks of its loops.
+        wait_for: follows the update after a gradient, as the last of a task needs.
+        foreign_to: tells weights of other tasks than that of the given inputs.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        thread: LoopThread,
+        tasks: LoopTasks,
+        wait_for: Callable[[Pending, Tensor | None, Sequence[Tensor], Values], None],
+        foreign_to: Callable[[Sequence[Tensor]], Callable[[Tensor], bool]],
+    ) -> None:
+        self._session = session
+        self._guard = session.guard
+        self._thread = thread
+        self._tasks = tasks
+        self._forensics = investigator_of(session)
+        self._wait_for = wait_for
+        self._foreign_to = foreign_to
+
+    def expects(
+        self, site: int, function: str, loss: Tensor | None, inputs: Sequence[Tensor]
+    ) -> bool:
+        """Whether a gradient about to be taken can only be the next step of a known loop.
+
+        Then :meth:`went_on` is all that is called. Asked in the user's own surroundings, where
+        nothing stands between us and plain tensors.
+
+        Args:
+            site: number of its line.
+            function: how it is taken.
+            loss: what it is taken of; None where that is still to be computed.
+            inputs: what it is taken with respect to; of no transform.
+        """
+        started, guard = clock(), self._guard
+        try:
+            pending = self._thread.pending
+            if (
+                pending is None
+                or not pending.in_the_middle
+                or pending.site != site
+                or pending.function != function
+                or not self._forensics.calm(site, loss)
+            ):
+                return False
+            opened = self._session.open
+            if opened and (len(opened) > 1 or opened[0] is not self._thread.task):
+                return False  # this may be the query of another task
+            return _are_made(pending, loss, inputs)
+        except Exception as error:
+            guard.fail(error)
+            return False
+        finally:
+            guard.spent += clock() - started
+
+    def went_on(
+        self,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        gradients: Values,
+        before: int,
+        after: int,
+    ) -> bool:
+        """The expected gradient was taken: its inputs are what the update before it made.
+
+        Args:
+            loss: what it was taken of.
+            inputs: what it was taken with respect to.
+            gradients: what came of it.
+            before: number of the next autograd node when it began.
+            after: the same when it ended.
+
+        Returns:
+            False, and nothing is done, where that update was settled in the meantime.
+        """
+        thread = self._thread
+        pending = thread.pending
+        if pending is None:
+            return False
+        task = pending.task
+        if task is None or task.ended or task is not thread.task:
+            task = pending.task = self._tasks.start(pending, in_place=False)
+        values, slopes = pair(inputs, gradients, _NO_COPIES, like=pending.before)
+        learned = pending.learned
+        learned.confirmed += 1
+        self._tasks.record(task, pending, values, pending.flags, inputs)
+        pending.inputs = list(task.inputs)  # type: ignore[arg-type]
+        pending.before = values  # type: ignore[assignment]
+        pending.gradients = slopes
+        pending.flags = order(gradients)
+        pending.loss_of = ref(loss) if loss is not None else None
+        pending.loss = self._forwards_of(pending, loss, inputs)
+        window = Window(pending.site, made_by(inputs), before, after)
+        self._forensics.passed(window, task, task.steps)
+        if task.steps + 1 >= (learned.steps or 0) or type(slopes) is not Snapshot:
+            self._wait_for(pending, loss, inputs, gradients)
+        return True
+
+    def _forwards_of(
+        self, pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]
+    ) -> Number:
+        """Take what ran forward for a gradient; returns its loss."""
+        forwards = self._session.loose.forwards
+        if forwards.only_a_loss:
+            losses = forwards.losses
+            call = losses.pop() if losses else None
+            pending.forwards = NO_FORWARDS
+            if call is not None and call.value is not None and call.tensor() is loss:
+                return call.value
+        else:
+            pending.forwards = forwards.split_for(loss, self._foreign_to(inputs))
+            task = pending.task
+            if task is not None:
+                self._session.name_forwards(pending.forwards, task.known, task)
+        return number_of(loss)
+
+
+def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -> bool:
+    """Whether inputs are new tensors, made by operations, alike those of the gradient before."""
+    if not inputs or inputs[0] is pending.inputs[0]():
+        return False
+    if loss is not None and pending.loss_of is not None and pending.loss_of() is loss:
+        return False
+    if set(map(type, inputs)) != _PLAIN or True in map(_is_leaf, inputs):
+        return False
+    if tuple(map(_shape, inputs)) != tuple(shapes_of(pending.before)):
+        return False
+    return inputs[0].grad_fn.name() not in IDENTITIES  # type: ignore[union-attr]
+
+
+def order(gradients: Values) -> int:
+    """Flags: whether something can still differentiate through one of the gradients."""
+    first = gradients[0] if gradients else None
+    if first is not None and first.requires_grad:
+        return FLAGS["second_order"]
+    graph = any(g is not None and carries_graph(g) for g in gradients)
+    return FLAGS["second_order"] if graph else 0
