@@ -13,16 +13,15 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import higher
 import torch
 import torch.nn.functional as F
+from floors import PassingOn, copies_only, norms_only, tailored
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import divergence_probe
 
@@ -101,66 +100,6 @@ def _mlp(w: list[Tensor], x: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(h, w[2], w[3])), w[4], w[5])
 
 
-class _PassingOn(TorchFunctionMode):
-    """Sees every operation and does nothing: the least that seeing them costs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass the call on."""
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _norms_only(net: nn.Module) -> Iterator[None]:
-    """Keep each step's parameters and gradients, and take their norms 32 steps at a time."""
-    optimizer = higher.optim.DifferentiableOptimizer
-    original = optimizer.step
-    kept: list[Tensor] = []
-
-    def step(self: Any, loss: Tensor, **kwargs: Any) -> Any:
-        seen: list[Tensor] = []
-
-        def read(gradients: list[Tensor]) -> list[Tensor]:
-            seen.extend(gradients)
-            return gradients
-
-        result = original(self, loss, grad_callback=read, **kwargs)
-        kept.extend(tensor.detach() for tensor in (*result, *seen))
-        if len(kept) >= 64 * len(seen):
-            torch.stack(torch._foreach_norm(kept)).tolist()
-            kept.clear()
-        return result
-
-    optimizer.step = step
-    try:
-        yield
-    finally:
-        optimizer.step = original
-
-
-@contextmanager
-def _copies_only(net: nn.Module) -> Iterator[None]:
-    """Copy each step's parameters and gradients where they are taken, and take norms as above."""
-    original = torch.autograd.grad
-    kept: list[Tensor] = []
-
-    def grad(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
-        gradients = original(outputs, inputs, **kwargs)
-        with torch.no_grad():
-            kept.append(torch._C._nn.flatten_dense_tensors([*inputs, *gradients]))
-            if len(kept) >= 32:
-                sizes = [tensor.numel() for tensor in (*inputs, *gradients)]
-                parts = torch.split(torch.stack(kept), sizes, dim=1)
-                torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts]).tolist()
-                kept.clear()
-        return gradients
-
-    torch.autograd.grad = grad
-    try:
-        yield
-    finally:
-        torch.autograd.grad = original
-
-
 #: name, loop, model, tasks a run, and the ratio we mean to stay below
 CASES = (
     ("2x40 MLP, higher", with_higher, sinusoid, 60, 1.12),
@@ -172,10 +111,11 @@ CASES = (
 
 #: name, loop, and the least a watcher could do, on the sinusoid net
 FLOORS: tuple[tuple[str, Loop, Watch], ...] = (
-    ("floor, higher: keep references, norms of 32 steps at once", with_higher, _norms_only),
-    ("floor, by hand: an empty function mode", by_hand, lambda net: _PassingOn()),
-    ("floor, by hand: copies of steps, norms of 32 at once", by_hand, _copies_only),
-    ("floor, torch.func: an empty function mode", with_torch_func, lambda net: _PassingOn()),
+    ("floor, higher: keep references, norms of 32 steps at once", with_higher, norms_only),
+    ("floor, by hand: copies of steps, norms of 32 at once", by_hand, copies_only),
+    ("floor, by hand: an empty function mode", by_hand, lambda net: PassingOn()),
+    ("floor, by hand: the same numbers, by a recorder written for that loop", by_hand, tailored),
+    ("floor, torch.func: an empty function mode", with_torch_func, lambda net: PassingOn()),
 )
 
 
