@@ -2,7 +2,7 @@
 
 Instruments and library adapters report here in the words of the field (a task starts, an inner step
 was taken, the outer optimizer stepped); the session gives indices, keeps rows by reference and
-closes a block when 1024 rows or much memory are pending, once a second, or when a loss turns
+closes a block when 1024 rows or much memory are pending, about once a second, or when a loss turns
 non-finite (at every task's end and row where the user is to be stopped at the first finding).
 """
 
@@ -50,7 +50,9 @@ _ROWS_PER_BLOCK = 1024
 _BYTES_PER_BLOCK = 32 * 2**20
 # Rows whose tensors are kept: fewer would be measured with as many calls, more leave the caches.
 _ROWS_AT_ONCE = 128
-_SECONDS_PER_BLOCK = 1.0
+# Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
+_SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
+_SHARE_OF_TIME = 0.005
 _ROWS_HELD = 32
 
 
@@ -96,6 +98,7 @@ class Session:
         self._sink = sink
         self._rank = rank
         self._started = self._flushed = time.perf_counter()
+        self._pause = _SECONDS_PER_BLOCK
         self._indices = itertools.count()
         self._rows: list[Row] = []
         self._parts: list[Block] = []
@@ -372,7 +375,7 @@ class Session:
         kept = self._retention.ended(task.site, [*task.fast, *task.began])
         if kept is not None:
             self.event("graph-retained", task, kept[1], tasks=kept[0])
-        if self.eager or time.perf_counter() - self._flushed > _SECONDS_PER_BLOCK:
+        if self.eager or time.perf_counter() - self._flushed > self._pause:
             self.flush()
 
     def end_tasks(self) -> None:
@@ -442,8 +445,8 @@ class Session:
 
     def flush(self) -> None:
         """Measure the pending rows and hand them on as a block."""
+        started = time.perf_counter()
         with self._lock:
-            self._flushed = time.perf_counter()
             rows, self._rows = self._rows, []
             self._measured_rows, self._room = 0, _BYTES_PER_BLOCK
             events, self._events = self._events, []
@@ -455,6 +458,9 @@ class Session:
             for measured in self.measured:
                 measured(block)
         self._sink.block(block)
+        self._flushed = time.perf_counter()
+        wanted = (self._flushed - started) / _SHARE_OF_TIME
+        self._pause = min(max(_SECONDS_PER_BLOCK, wanted), _SECONDS_AT_MOST)
 
     def _part(self, rows: list[Row]) -> None:
         """Measure some rows of the block to come, and let go of their tensors."""

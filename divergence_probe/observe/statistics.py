@@ -164,22 +164,25 @@ def _batch_norm_columns(rows: Sequence[Row], layout: Layout) -> dict[str, Array]
 def _fill_layer(
     columns: dict[str, Array], layer: int, members: list[tuple[int, NormalizationCall]]
 ) -> None:
-    batches = scalars([call.batches for _, call in members])
-    for (row, call), seen in zip(members, batches, strict=True):
-        mode = columns["bn_training"][row, layer]
-        columns["bn_training"][row, layer] = (
-            float(call.training) if mode in (MISSING, float(call.training)) else 2.0
-        )
-        calls = columns["bn_calls"]
-        calls[row, layer] = max(calls[row, layer], 0.0) + 1
-        fewest = columns["bn_values"]
-        fewest[row, layer] = (
-            call.values if fewest[row, layer] < 0 else min(call.values, fewest[row, layer])
-        )
-        if not np.isnan(seen):
-            columns["bn_batches"][row, layer] = seen
-        if call.buffers:
-            columns["bn_shared"][row, layer] = float(call.shared)
+    """One layer's column, from its calls and the rows they ran for; of several the last counts."""
+    calls = [call for _, call in members]
+    rows = np.array([row for row, _ in members])
+    training = np.array([float(call.training) for call in calls])
+    size = len(columns["bn_calls"])
+    least, most, fewest = np.full(size, np.inf), np.full(size, -np.inf), np.full(size, np.inf)
+    np.minimum.at(least, rows, training)
+    np.maximum.at(most, rows, training)
+    np.minimum.at(fewest, rows, [call.values for call in calls])
+    met = np.unique(rows)
+    columns["bn_training"][met, layer] = np.where(least == most, least, 2.0)[met]
+    columns["bn_calls"][met, layer] = np.bincount(rows, minlength=size)[met]
+    columns["bn_values"][met, layer] = fewest[met]
+    batches = np.array(scalars([call.batches for call in calls]))
+    counted = ~np.isnan(batches)
+    columns["bn_batches"][rows[counted], layer] = batches[counted]
+    buffered = np.array([bool(call.buffers) for call in calls])
+    shared = np.array([float(call.shared) for call in calls])
+    columns["bn_shared"][rows[buffered], layer] = shared[buffered]
     measured = [(row, call) for row, call in members if call.before is not None]
     for width in {call.before.shape for _, call in measured if call.before is not None}:
         same = [(r, c) for r, c in measured if c.before is not None and c.before.shape == width]
@@ -213,10 +216,9 @@ def _fill_statistics(
         "bn_input_finite": torch.where(known, finite.double(), -1.0),
         "bn_untrained": untrained.double(),
     }
-    numbers = {name: to_numpy(values) for name, values in table.items()}
-    for position, (row, _) in enumerate(members):
-        for name, values in numbers.items():
-            columns[name][row, layer] = values[position]
+    rows = [row for row, _ in members]
+    for name, values in table.items():
+        columns[name][rows, layer] = to_numpy(values)
 
 
 def _moved(call: NormalizationCall) -> bool:
