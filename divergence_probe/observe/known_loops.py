@@ -22,7 +22,7 @@ from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
 from divergence_probe.observe.pending import Pending, number_of
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Snapshot, Values, pair, shapes_of
-from divergence_probe.observe.tensors import IDENTITIES, carries_graph
+from divergence_probe.observe.tensors import IDENTITIES, any_carries_graph
 from divergence_probe.record.schema import FLAGS
 
 # Asked of every parameter by C code: a loop over them costs more than all the rest.
@@ -127,7 +127,7 @@ class KnownLoops:
         pending.inputs = list(task.inputs)  # type: ignore[arg-type]
         pending.before = values  # type: ignore[assignment]
         pending.gradients = slopes
-        pending.flags = order(gradients)
+        pending.flags = FLAGS["second_order"] if any_carries_graph(gradients) else 0
         pending.loss_of = ref(loss) if loss is not None else None
         pending.loss = self._forwards_of(pending, loss, inputs)
         window = Window(pending.site, made_by(inputs), before, after)
@@ -166,12 +166,3 @@ def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -
     if tuple(map(_shape, inputs)) != tuple(shapes_of(pending.before)):
         return False
     return inputs[0].grad_fn.name() not in IDENTITIES  # type: ignore[union-attr]
-
-
-def order(gradients: Values) -> int:
-    """Flags: whether something can still differentiate through one of the gradients."""
-    first = gradients[0] if gradients else None
-    if first is not None and first.requires_grad:
-        return FLAGS["second_order"]
-    graph = any(g is not None and carries_graph(g) for g in gradients)
-    return FLAGS["second_order"] if graph else 0

@@ -17,7 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
-from divergence_probe.observe.known_loops import KnownLoops, order
+from divergence_probe.observe.known_loops import KnownLoops
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
 from divergence_probe.observe.models import base_among
 from divergence_probe.observe.naming import named
@@ -35,6 +35,7 @@ from divergence_probe.observe.snapshot import (
 )
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
+    any_carries_graph,
     base_of,
     batched,
     leaves,
@@ -176,7 +177,7 @@ class Loops:
             gradients=slopes,
             forwards=forwards,
             learned=learned,
-            flags=order(made),
+            flags=FLAGS["second_order"] if any_carries_graph(made) else 0,
             width=width,
         )
         pending.set_loss(loss)

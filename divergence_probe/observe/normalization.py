@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from time import perf_counter as clock
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import plain, waits_for_nothing
+from divergence_probe.observe.tensors import in_plain_torch, plain, waits_for_nothing
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -39,7 +40,8 @@ def install(patches: Patches, session: Session) -> None:
 
 
 def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    guard = session.guard
+    guard, inside, is_compiling = session.guard, session.guard.inside(), torch.compiler.is_compiling
+    threads = guard.threads
 
     def batch_norm(
         input: Tensor,  # noqa: A002 - the name is torch's
@@ -52,19 +54,27 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         eps: float = 1e-5,
     ) -> Tensor:
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if torch.compiler.is_compiling() or not guard.watching:
+        if is_compiling() or not guard.active or (state := threads.state).away:
             return original(*call)
-        if guard.state.gradient:
-            with guard.work():  # beforehand: checkpointing stops a recomputation by an exception
+        if state.gradient:
+            with state:  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)
         before = None
-        if running_mean is not None and running_var is not None:
-            with guard.work():
-                before = torch.stack((plain(running_mean), plain(running_var)))
-        with guard.inside():
+        if in_plain_torch():  # there is nothing to put aside: a step calls this once a layer
+            started = clock()
+            try:
+                before = _statistics(running_mean, running_var)
+            except Exception as error:
+                guard.fail(error)
+            guard.spent += clock() - started
             result = original(*call)
-        with guard.work():
+        else:
+            with state:
+                before = _statistics(running_mean, running_var)
+            with inside:
+                result = original(*call)
+        with state:
             _note(session, _calling_module(), call, before)
         return result
 
@@ -79,7 +89,7 @@ def _note(
     data = plain(data)
     after = batch = None
     if before is not None and training:
-        after = torch.stack((plain(running_mean), plain(running_var)))
+        after = _statistics(running_mean, running_var)
     channels = data.shape[1] if data.dim() > 1 else 1
     owner = _owner(session, module)
     forwards = _forwards(session, owner)
@@ -105,6 +115,15 @@ def _note(
             differentiable=session.guard.differentiable,
         )
     )
+
+
+def _statistics(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
+    """A copy of running statistics ``[2, C]``; None where there are none."""
+    if mean is None or variance is None:
+        return None
+    if mean.requires_grad or variance.requires_grad:
+        mean, variance = mean.detach(), variance.detach()
+    return torch.stack((plain(mean), plain(variance)))
 
 
 def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:

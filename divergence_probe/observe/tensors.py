@@ -124,6 +124,14 @@ def carries_graph(tensor: Tensor) -> bool:
     return tensor.requires_grad
 
 
+def any_carries_graph(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether something outside can still differentiate through one of ``tensors``."""
+    first = tensors[0] if tensors else None
+    if first is not None and first.requires_grad:  # so it is with all of them, or with none
+        return True
+    return any(tensor is not None and carries_graph(tensor) for tensor in tensors)
+
+
 def is_fresh(tensor: Tensor) -> bool:
     """Whether a tensor holds what unrelated parameters begin with: zeros, or ones."""
     return not bool(tensor.any()) or bool((tensor == 1).all())

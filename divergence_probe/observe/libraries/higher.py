@@ -27,7 +27,7 @@ from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, pair, snapshot
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import are, is_number_at_hand
+from divergence_probe.observe.tensors import any_carries_graph, are, is_number_at_hand
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"
@@ -185,10 +185,8 @@ class _Higher:
             )
 
     def _record(self, optimizer: Any, task: Task, taken: _Taken, after: list[Tensor]) -> None:
-        raw = [g if g is None or g.numel() else None for g in taken.gradients]
-        flags = 0
-        if any(g is not None and g.requires_grad for g in taken.applied):
-            flags |= FLAGS["second_order"]
+        raw = _without_empty(taken.gradients)
+        flags = FLAGS["second_order"] if any_carries_graph(taken.applied) else 0
         if taken.applied is not taken.gradients and _changed(taken.gradients, taken.applied):
             shrunk = _shrunk(taken.gradients, taken.applied)
             flags |= FLAGS["clippable"] | (FLAGS["clipped"] if shrunk else 0)
@@ -285,6 +283,16 @@ def _take(session: Session, task: Task) -> Forwards:
     taken = task.forwards.take()
     taken.losses += session.loose.forwards.take().losses
     return taken
+
+
+def _without_empty(gradients: Any) -> Values:
+    """Gradients, None where higher made an empty one for a parameter the loss does not use."""
+    try:
+        if 0 not in map(Tensor.numel, gradients):
+            return list(gradients)
+    except TypeError:  # None among them
+        pass
+    return [g if g is None or g.numel() else None for g in gradients]
 
 
 def _changed(raw: Any, applied: Any) -> bool:
