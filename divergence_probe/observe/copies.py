@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,25 +15,39 @@ from divergence_probe.observe.task import Task
 
 
 def install(patches: Patches, session: Session) -> None:
-    """Watch ``copy.deepcopy`` of models and parameters, and ``load_state_dict``."""
-    patches.swap_code(copy.deepcopy, lambda original: _deepcopy(session, original))
+    """Watch deep copies of models and of parameters, and ``load_state_dict``."""
+    # What deepcopy comes to for objects: to watch itself would cost every number in a list.
+    reconstruct: Any = vars(copy)["_reconstruct"]
+    patches.swap_code(reconstruct, lambda original: _reconstruct(session, original))
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
     patches.set_attribute(nn.Module, "load_state_dict", lambda original: _load(session, original))
 
 
-def _deepcopy(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
-    def deepcopy(x: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(x, *args, **kwargs)
-        if args or kwargs:
-            return result  # part of a whole that is copied: only whole models are noted
-        if isinstance(x, nn.Module) and session.guard.watching:
+class _Copying(threading.local):
+    """Whether this thread is copying a model: its modules are part of it."""
+
+    model = False
+
+
+def _reconstruct(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    copying = _Copying()
+
+    def reconstruct(x: Any, memo: Any, *args: Any, **kwargs: Any) -> Any:
+        if memo is None or not isinstance(x, nn.Module) or copying.model:
+            return original(x, memo, *args, **kwargs)
+        copying.model = True
+        try:
+            result = original(x, memo, *args, **kwargs)
+        finally:
+            copying.model = False
+        if session.guard.watching:
             with session.guard.work():
-                session.models.note_module_copy(result)
+                session.models.note_module_copy(result, x)
         return result
 
-    return deepcopy
+    return reconstruct
 
 
 def _parameter(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:

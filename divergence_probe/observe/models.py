@@ -231,9 +231,13 @@ class Models:
             weakref.ref(origin),
         )
 
-    def note_module_copy(self, copy: nn.Module) -> None:
-        """``copy`` is a deep copy of a model: its modules keep the names they have in it."""
-        for name, module in copy.named_modules():
+    def note_module_copy(self, copy: nn.Module, origin: nn.Module) -> None:
+        """``copy`` is a deep copy of ``origin``: its modules keep the names they have there.
+
+        (A model that copies itself may copy its parts one by one.)
+        """
+        owner = self.owner(origin)
+        for name, module in copy.named_modules(prefix=owner[1] if owner is not None else ""):
             key = id(module)
             self._copied_modules[key] = (
                 weakref.ref(module, lambda _, key=key: self._copied_modules.pop(key, None)),  # type: ignore[misc]

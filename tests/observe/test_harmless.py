@@ -413,3 +413,34 @@ def test_warnings_name_the_line_they_name_without_the_probe():
 
     assert probe.diagnosis.summary.inner_steps == 6
     assert len(bare) == 18 and watched == bare
+
+
+def test_deep_copies_of_plain_data_do_not_pass_through_us():
+    calls = []
+
+    def note(frame, event, argument):
+        if event == "call" and "divergence_probe" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    data = {index: [index, (1, 2)] for index in range(50)}
+    with divergence_probe.attach():
+        sys.setprofile(note)
+        copied = copy.deepcopy(data)
+        sys.setprofile(None)
+    assert copied == data and not calls
+
+
+def test_a_model_that_copies_itself_part_by_part_keeps_its_names():
+    class OfParts(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def __deepcopy__(self, memo):
+            return OfParts(copy.deepcopy(self.body, memo))
+
+    net = OfParts(nn.Sequential(nn.Linear(3, 3), nn.Dropout()))
+    with divergence_probe.attach(net) as probe:
+        made = copy.deepcopy(net)
+        models = probe._current()._session.models
+    assert models.copied_name(made.body[1]) == "body.1"

@@ -56,7 +56,7 @@ def _clone(session: Session, original: Callable[..., Any]) -> Callable[..., Any]
                 for name, copy in result.named_parameters():
                     if copy.is_leaf and copy is not origins[name]:
                         session.models.note_copy(copy, origins[name])
-                session.models.note_module_copy(result)
+                session.models.note_module_copy(result, target)
         return result
 
     return module_clone
