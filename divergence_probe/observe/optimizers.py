@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,7 @@ from divergence_probe.observe.optimizer_facts import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, pair, snapshot, spread
+from divergence_probe.observe.snapshot import Values, are_equal, is_empty, pair, snapshot, spread
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import identities, was_left_alone
 
@@ -68,7 +68,8 @@ class _Step:
     positions: list[int]
     outer: bool
     base: KnownModel | None
-    carried: Carried
+    carried: Carried = field(default_factory=Carried)
+    goes_on: Task | None = None
 
 
 class _Thread(threading.local):
@@ -189,7 +190,7 @@ class Optimizers:
         if pending is not None:
             self._session.name_forwards(pending.forwards, known, None)
         before, gradients = pair(parameters, [p.grad for p in parameters], (True, True))
-        return _Step(
+        step = _Step(
             optimizer,
             facts,
             parameters,
@@ -202,8 +203,12 @@ class Optimizers:
             positions,
             outer,
             base,
-            facts.carried() if not outer else Carried(),
         )
+        if not outer:
+            step.goes_on = self._going_on(step)
+            if step.goes_on is None:  # a task may begin: what is left of earlier use is looked up
+                step.carried = facts.carried()
+        return step
 
     def _base_of(self, parameters: list[Tensor]) -> tuple[KnownModel, dict[int, int]] | None:
         """The base most of ``parameters`` belong to; and of those that do, their places in it."""
@@ -280,7 +285,7 @@ class Optimizers:
             spread(values, step.positions, width) for values in (step.before, after, step.gradients)
         ]
         if step.outer and not self._declared_inner(step):
-            if step.known in self.untouched and all(g is None for g in step.gradients):
+            if step.known in self.untouched and is_empty(step.gradients):
                 return
             self._loops.settle()
             if step.pending is not None:
@@ -302,7 +307,7 @@ class Optimizers:
                 optimizer=step.facts.name,
             )
             return
-        if step.base is None and all(gradient is None for gradient in step.gradients):
+        if step.base is None and is_empty(step.gradients):
             return  # an optimizer that moves nothing takes no step
         task = self._task(step)
         if self._merge(step, task, columns):
@@ -343,14 +348,20 @@ class Optimizers:
             )
         return True
 
-    def _task(self, step: _Step) -> Task:
-        """The task this in-place step belongs to; a new one where the weights were reset."""
+    def _going_on(self, step: _Step) -> Task | None:
+        """The open task that a step goes on with: its weights are what the last one left."""
         for optimizer, task in list(self._tasks.items()):
             if task.ended or task.known is not step.known:
                 continue
-            other_part = not set(step.positions) & set(task.positions)
-            if (optimizer is step.optimizer or other_part) and self._unchanged(task, step):
+            own = optimizer is step.optimizer or set(step.positions).isdisjoint(task.positions)
+            if own and self._unchanged(task, step):
                 return task
+        return None
+
+    def _task(self, step: _Step) -> Task:
+        """The task this in-place step belongs to; a new one where the weights were reset."""
+        if step.goes_on is not None and not step.goes_on.ended:
+            return step.goes_on
         self._loops.tasks.end_task()
         # (not of self._tasks: the optimizer of the task before may be gone)
         latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
@@ -389,6 +400,8 @@ class Optimizers:
 
     def _unchanged(self, task: Task, step: _Step) -> bool:
         if task.last is None:
+            return True
+        if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
         return all(
             value is None

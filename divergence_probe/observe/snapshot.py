@@ -186,6 +186,15 @@ def gathered(values: Values, positions: Sequence[int]) -> Values:
     return [values[position] for position in positions]
 
 
+def are_equal(values: Values, others: Values) -> bool:
+    """Whether two sets copied together on the CPU are the same; False where that takes looking."""
+    if not isinstance(values, Snapshot) or not isinstance(others, Snapshot):
+        return False
+    if values.shapes != others.shapes or not values.store.is_cpu or not others.store.is_cpu:
+        return False
+    return torch.equal(values.vector, others.vector)
+
+
 def are_whole(values: Values) -> TypeGuard[Sequence[Tensor]]:
     """Whether none is missing."""
     return isinstance(values, Snapshot) or all(value is not None for value in values)
