@@ -13,6 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
+from divergence_probe.observe import restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -67,7 +68,14 @@ class LoopTasks:
         flags = pending.flags
         flags |= 0 if update.certain else FLAGS["uncertain"]
         flags |= 0 if update.complete else FLAGS["incomplete"]
-        self.record(task, pending, update.values, flags, update.tensors)
+        values: Values = update.values
+        if (
+            not update.in_place
+            and pending.width == 1
+            and restarts.starts_over(task, pending, update)
+        ):
+            values, flags = [None] * len(values), flags | FLAGS["incomplete"]
+        self.record(task, pending, values, flags, update.tensors)
         if update.in_place:
             task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
 
@@ -118,10 +126,11 @@ class LoopTasks:
         """
         if task.ended or task.in_place or len(task.inputs) != len(inputs):
             return False
-        return bool(inputs) and all(
+        same = bool(inputs) and all(
             reference is not None and reference() is tensor
             for reference, tensor in zip(task.inputs, inputs, strict=True)
         )
+        return same and not restarts.is_overwritten(task)
 
     def continues(self, task: Task, pending: Pending) -> bool:
         """Whether the gradient was taken of the task's own fast weights."""
@@ -137,7 +146,7 @@ class LoopTasks:
         if not ours:
             return False
         if not task.in_place or task.last is None:
-            return True
+            return not restarts.is_overwritten(task)
         for i, tensor in enumerate(inputs):
             if tensor is None or i not in ours or i >= len(task.positions):
                 continue
@@ -176,13 +185,14 @@ class LoopTasks:
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
-        if not in_place and pending.width == 1:
+        if not in_place and pending.width == 1 and not pending.restarts:
             for tensor in tensors:
                 if tensor is not None and tensor.is_leaf:
                     models.note_begun(tensor)
         task.began = [ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)]
         gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
-        if not own and copied is None and len(task.began) + gone == len(tensors):
+        clones = len(task.began) + gone == len(tensors) and not pending.restarts
+        if not own and copied is None and clones:
             models.note_begun_alike(known)
         thread.task = task
         self._in_place.began(task, pending.before, tensors)
@@ -203,6 +213,7 @@ class LoopTasks:
             return
         if task.learned is not None:
             task.learned.task_took(task.steps)
+        restarts.drop_if_written(task)
         task.forwards.extend(self._used_by(task))
         self._session.finish_task(task)
 
@@ -231,6 +242,8 @@ class LoopTasks:
     def not_a_step(self, pending: Pending) -> None:
         """No inner update followed: the gradient was the query's (or the outer step's)."""
         self._count_repetition(pending)
+        if self._thread.task is not None:
+            self._thread.task.looked_at = True
         task = self.queried(pending)
         if task is not None and task.steps:
             forwards = self._used_by(task)

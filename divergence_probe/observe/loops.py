@@ -15,6 +15,7 @@ from weakref import ref
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
+from divergence_probe.observe import restarts
 from divergence_probe.observe.capture import NO_FORWARDS, Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
@@ -276,8 +277,12 @@ class Loops:
         elif task is not None and self.tasks.continues(task, pending):
             pending.task = task
             self.tasks.reorder(task, pending)
-        elif inputs:
-            pending.named = named(self._session.models, inputs, inputs)
+        elif task is not None:
+            task.looked_at = True
+        if pending.task is None and inputs:
+            before = restarts.restarted(task, inputs)
+            pending.restarts = before is not None
+            pending.named = before or named(self._session.models, inputs, inputs)
             # An in-place update of these is an outer step by hand.
             pending.of_base = base_among(self._session.bases, inputs) is not None or any(
                 map(self._session.models.begun, inputs)

@@ -38,6 +38,7 @@ class Learned:
         functional: whether updates make new tensors.
         piecewise: whether each parameter's gradient is a call by itself.
         confirmed: how often what was learned turned out right.
+        counts: how often what an update made was written to in place before the next gradient.
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
     """
@@ -50,6 +51,7 @@ class Learned:
     functional: bool | None = None
     piecewise: bool = False
     confirmed: int = 0
+    counts: list[int | None] = field(default_factory=list)
     script: Script | None = None
     scripts: int = 0
 
@@ -115,6 +117,7 @@ class Pending:
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
         of_base: whether its inputs are the base of earlier tasks.
+        restarts: whether they are the fast weights of the task before, written anew in place.
         origins: what its inputs were deep-copied from, where they all were.
     """
 
@@ -143,6 +146,7 @@ class Pending:
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
     of_base: bool = False
+    restarts: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
 
     def set_loss(self, loss: Tensor | None) -> None:

@@ -78,6 +78,11 @@ def was_left_alone(
     return torch.equal(left, now) or bool(left.isnan().any())
 
 
+def changes_of(tensor: Tensor) -> int:
+    """Torch's count of its in-place changes; none is kept in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def waits_for_nothing(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device."""
     return tensor.is_cpu
