@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from divergence_probe.observe import restarts
+from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
 _REPETITIONS = 3
+# Outer gradients of a meta-batch whose outer steps come together.
+_MOST_WAITING = 15
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
 
 
@@ -41,6 +43,7 @@ class LoopThread(threading.local):
         states.append(vars(self))
         self.pending: Pending | None = None
         self.task: Task | None = None
+        self.waiting: list[Pending] = []
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
@@ -59,7 +62,7 @@ class LoopTasks:
     def step(self, pending: Pending, update: Update) -> None:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
         thread = self._thread
-        if update.in_place and pending.of_base:
+        if outer_steps.is_one(pending, update):
             self._outer(pending, update)
             return
         task = pending.task
@@ -167,6 +170,7 @@ class LoopTasks:
         """A task begins with the step that ``pending`` is the gradient of."""
         session, thread = self._session, self._thread
         self.end_task()
+        self.settle_waiting()
         tensors = [reference() for reference in pending.inputs]
         copied = self._copied_from(pending) if in_place else None
         known, positions = copied or pending.named or named(session.models, tensors, pending.before)
@@ -182,6 +186,7 @@ class LoopTasks:
             writes_base=own,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
+        task.origins = pending.leaves
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
@@ -228,6 +233,7 @@ class LoopTasks:
         known, positions = pending.named or named(self._session.models, tensors, pending.before)
         width = len(known.layout.parameters)
         moved = [tensor for tensor in tensors if tensor is not None]
+        self.moved(moved)
         self._session.bases.difference_update(self._session.models.note_moved(moved))
         self._session.outer_step(
             known,
@@ -239,9 +245,24 @@ class LoopTasks:
             optimizer="",
         )
 
+    def moved(self, tensors: Sequence[Tensor]) -> None:
+        """``tensors`` were stepped: no gradient of theirs waits for that any more."""
+        thread = self._thread
+        if thread.pending is not None and thread.pending.through:
+            thread.pending.through = not thread.pending.reached(tensors)
+        if thread.waiting:
+            thread.waiting = [waiting for waiting in thread.waiting if not waiting.reached(tensors)]
+
+    def settle_waiting(self) -> None:
+        """Record the outer steps that outer gradients led to after the next gradient was taken."""
+        for pending, update in outer_steps.taken(self._thread.waiting):
+            self._outer(pending, update)
+
     def not_a_step(self, pending: Pending) -> None:
         """No inner update followed: the gradient was the query's (or the outer step's)."""
         self._count_repetition(pending)
+        if pending.through:
+            self._thread.waiting = [*self._thread.waiting[-_MOST_WAITING:], pending]
         if self._thread.task is not None:
             self._thread.task.looked_at = True
         task = self.queried(pending)

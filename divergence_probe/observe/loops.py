@@ -15,7 +15,7 @@ from weakref import ref
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
-from divergence_probe.observe import restarts
+from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import NO_FORWARDS, Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
@@ -287,6 +287,11 @@ class Loops:
             pending.of_base = base_among(self._session.bases, inputs) is not None or any(
                 map(self._session.models.begun, inputs)
             )
+            bases = [None if tensor.is_leaf else base_of(tensor) for tensor in inputs]
+            both = zip(inputs, bases, strict=True)
+            pending.leaves = [ref(tensor if base is None else base) for tensor, base in both]
+            if task is not None:
+                pending.through = outer_steps.runs_through(pending, task, inputs)
             origins = [self._session.models.origin_of(tensor) for tensor in inputs]
             present = [ref(origin) for origin in origins if origin is not None]
             pending.origins = present if len(present) == len(inputs) else None
@@ -418,6 +423,7 @@ class Loops:
             vars(self._thread).update({**state, "follower": None})
             self.settle()
             self.tasks.end_task()
+            self.tasks.settle_waiting()
 
     def leave(self) -> None:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""

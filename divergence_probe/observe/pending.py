@@ -117,6 +117,9 @@ class Pending:
         task: the task it goes on with, where it was taken of that task's fast weights.
         named: otherwise, the model its inputs belong to and their positions in it.
         of_base: whether its inputs are the base of earlier tasks.
+        leaves: what its inputs are, or were cloned from, where it goes on with no task.
+        through: whether its loss was computed with the fast weights of a task, and it is of other
+            leaves: the gradient of who looks ahead at what a task makes of another's weights.
         restarts: whether they are the fast weights of the task before, written anew in place.
         origins: what its inputs were deep-copied from, where they all were.
     """
@@ -146,6 +149,8 @@ class Pending:
     task: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
     of_base: bool = False
+    leaves: list[weakref.ref[Tensor]] = field(default_factory=list)
+    through: bool = False
     restarts: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
 

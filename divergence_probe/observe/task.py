@@ -30,6 +30,7 @@ class Task:
         last: the row of its last step.
         fast: weak references to its current fast weights.
         began: weak references to the leaves of its own that it started from, if it did.
+        origins: weak references to the leaves it began from.
         base: the model whose weights it started from, where those are other tensors.
         positions: which of the model's parameters its loop moves, in the loop's order.
         inputs: weak references to what its next gradient is expected to be taken of.
@@ -58,6 +59,7 @@ class Task:
     last: Row | None = None
     fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     began: list[weakref.ref[Tensor]] = field(default_factory=list)
+    origins: list[weakref.ref[Tensor]] = field(default_factory=list)
     base: KnownModel | None = None
     positions: list[int] = field(default_factory=list)
     inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
