@@ -21,9 +21,9 @@ from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, is_whole, spread
+from divergence_probe.observe.snapshot import Values, is_empty, is_whole, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import physical, was_left_alone
+from divergence_probe.observe.tensors import address_of, physical, was_left_alone
 from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ class LoopTasks:
             spread(pending.gradients, positions, width),
             learning_rate=None,
             site=pending.site,
+            flags=FLAGS["incomplete"] if is_empty(pending.gradients) else 0,
             optimizer="",
         )
 
@@ -252,6 +253,55 @@ class LoopTasks:
             thread.pending.through = not thread.pending.reached(tensors)
         if thread.waiting:
             thread.waiting = [waiting for waiting in thread.waiting if not waiting.reached(tensors)]
+
+    def wrote_elsewhere(self, pending: Pending, target: Tensor) -> None:
+        """A gradient went into memory of none of its inputs: an outer step, if it is a base's.
+
+        So first order MAML steps by hand: the gradient is that of the adapted weights.
+        """
+        if pending.base is None:
+            task = self._adapting(pending)
+            pending.base = outer_steps.memory_of(task.known) if task is not None else {}
+        place = pending.base.get(address_of(target))
+        if place is not None:
+            value = physical(target)[0].detach().clone()
+            pending.base_written[place] = value, self._session.sites.here()
+
+    def _adapting(self, pending: Pending) -> Task | None:
+        """The task whose adapted weights a gradient was taken of (they may be gone by now)."""
+        if pending.task is not None:
+            return pending.task if pending.task.steps and not pending.task.ended else None
+        origins = [origin for r in pending.origins or () if (origin := r()) is not None]
+        found = self._session.models.find(origins[0]) if origins else None
+        for task in reversed(self._session.open):
+            if found is not None and task.steps and task.base is found[0]:
+                return task
+        return None
+
+    def outer_elsewhere(self, pending: Pending) -> None:
+        """Record the step of a base that was taken with the gradient of its adapted weights.
+
+        That may have been summed up over tasks, or be one of many: no gradient is recorded.
+        """
+        task = self._adapting(pending)
+        if task is None:
+            return
+        moved = [t for i in pending.base_written if (t := task.known.parameters[i]()) is not None]
+        before, after, site = outer_steps.columns_of(pending, task)
+        self._session.confirm(task)
+        self.end_task()
+        self.moved(moved)
+        self._session.bases.difference_update(self._session.models.note_moved(moved))
+        self._session.outer_step(
+            task.known,
+            before,
+            after,
+            [None] * len(after),
+            learning_rate=None,
+            site=site,
+            flags=FLAGS["incomplete"],
+            optimizer="",
+        )
 
     def settle_waiting(self) -> None:
         """Record the outer steps that outer gradients led to after the next gradient was taken."""

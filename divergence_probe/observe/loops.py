@@ -183,7 +183,7 @@ class Loops:
             self._runs_base_weights(loss, inputs)
         if self._needs_following(pending):
             if thread.follower is None:
-                thread.follower = Follower(self._session.guard)
+                thread.follower = Follower(self._session.guard, self.tasks.wrote_elsewhere)
             thread.follower.follow(pending, gradients)
 
     def _runs_base_weights(self, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
@@ -406,6 +406,8 @@ class Loops:
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
         else:
             self.tasks.not_a_step(pending)
+            if pending.base_written:
+                self.tasks.outer_elsewhere(pending)
 
     def _restored(self, task: Task) -> None:
         """The weights a task adapted in place were loaded anew."""

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
+from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import base_of, physical, waits_for_nothing
+from divergence_probe.observe.tensors import address_of, base_of, physical, waits_for_nothing
 
 # What lies between a loss and the fast weights is one forward; a larger graph is not searched.
 _MOST_NODES = 4096
@@ -87,6 +89,27 @@ def taken(waiting: Sequence[Pending]) -> Iterator[tuple[Pending, Update]]:
                 pending.gradients = [None] * len(pending.inputs)
             values = [physical(tensor)[0].detach().clone() for tensor in tensors]
             yield pending, Update(list(tensors), list(values), in_place=True)
+
+
+def memory_of(known: KnownModel) -> dict[int, int]:
+    """The positions of a model's parameters, by address."""
+    own = [reference() for reference in known.parameters]
+    places = {address_of(t): place for place, t in enumerate(own) if t is not None}
+    return {address: place for address, place in places.items() if address}
+
+
+def columns_of(pending: Pending, task: Task) -> tuple[Values, Values, int]:
+    """A base written to with the gradient of ``task``'s weights: before, after, and at which line.
+
+    What it was before is known where the task began with its very tensors.
+    """
+    width, written = len(task.known.layout.parameters), pending.base_written
+    after = [written[place][0] if place in written else None for place in range(width)]
+    began = {id(tensor) for r in task.origins if (tensor := r()) is not None}
+    own = all(id(task.known.parameters[place]()) in began for place in written)
+    values: Values = task.first.before if task.first is not None and own else [None] * width
+    before = [values[place] if place in written else None for place in range(width)]
+    return before, after, next(iter(written.values()))[1]
 
 
 def _has_moved(pending: Pending, tensors: Sequence[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.snapshot import Values, gathered
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
+    address_of,
     changes_of,
     is_fresh,
     physical,
@@ -121,8 +122,6 @@ def _is_still(tensor: Tensor, value: Tensor | None) -> bool:
 def _shares_memory(tensors: Sequence[Tensor | None], values: Values) -> bool:
     """Whether values are kept by reference, so that overwriting the tensors overwrote them."""
     return any(
-        tensor is not None
-        and value is not None
-        and physical(tensor)[0].data_ptr() == value.data_ptr()
+        tensor is not None and value is not None and address_of(tensor) == address_of(value)
         for tensor, value in zip(tensors, values, strict=True)
     )

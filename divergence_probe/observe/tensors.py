@@ -78,6 +78,14 @@ def was_left_alone(
     return torch.equal(left, now) or bool(left.isnan().any())
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where its plain values begin in memory; 0 where it has none of its own."""
+    try:
+        return physical(tensor)[0].data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, meta, or a wrapper without storage
+        return 0
+
+
 def changes_of(tensor: Tensor) -> int:
     """Torch's count of its in-place changes; none is kept in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
