@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
 _REPETITIONS = 3
-# Outer gradients of a meta-batch whose outer steps come together.
-_MOST_WAITING = 15
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
 
 
@@ -312,7 +310,7 @@ class LoopTasks:
         """No inner update followed: the gradient was the query's (or the outer step's)."""
         self._count_repetition(pending)
         if pending.through:
-            self._thread.waiting = [*self._thread.waiting[-_MOST_WAITING:], pending]
+            self._thread.waiting = outer_steps.waiting_with(self._thread.waiting, pending)
         if self._thread.task is not None:
             self._thread.task.looked_at = True
         task = self.queried(pending)

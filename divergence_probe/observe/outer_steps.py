@@ -21,6 +21,8 @@ from divergence_probe.observe.tensors import address_of, base_of, physical, wait
 
 # What lies between a loss and the fast weights is one forward; a larger graph is not searched.
 _MOST_NODES = 4096
+# Agents whose outer steps come together; each one's weights are kept as they were.
+_MOST_WAITING = 7
 
 
 def is_one(pending: Pending, update: Update) -> bool:
@@ -72,21 +74,34 @@ def _reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:
     return False
 
 
+def waiting_with(waiting: Sequence[Pending], pending: Pending) -> list[Pending]:
+    """Outer gradients whose steps were not seen yet, and one more.
+
+    One for the same leaves: of several gradients of theirs none by itself is that of the step.
+    """
+    kept = [other for other in waiting[-_MOST_WAITING:] if _alive(other)]
+    tensors = _alive(pending)
+    same = [other for other in kept if other.reached(tensors)]
+    for other in same:
+        other.gradients = [None] * len(other.inputs)
+    return kept if same else [*kept, pending]
+
+
+def _alive(pending: Pending) -> list[Tensor]:
+    """What a gradient was taken of, if all of it still lives."""
+    tensors = [tensor for r in pending.inputs if (tensor := r()) is not None]
+    return tensors if len(tensors) == len(pending.inputs) else []
+
+
 def taken(waiting: Sequence[Pending]) -> Iterator[tuple[Pending, Update]]:
     """The steps that gradients through a task led to, seen by what became of their leaves.
 
-    Two agents may step only when both have looked ahead, and what follows then is another's. The
-    gradient is known where it was the only one since. Values are looked at where they are at hand.
+    Two agents may step only when both have looked ahead, and what follows then is another's. Values
+    are looked at where they are at hand.
     """
-    found: list[Tensor] = []
-    for pending in reversed(waiting):
-        tensors = [tensor for r in pending.inputs if (tensor := r()) is not None]
-        if len(tensors) < len(pending.inputs) or pending.reached(found):
-            continue
-        if _has_moved(pending, tensors):
-            found += tensors
-            if sum(other.reached(tensors) for other in waiting) > 1:
-                pending.gradients = [None] * len(pending.inputs)
+    for pending in waiting:
+        tensors = _alive(pending)
+        if tensors and _has_moved(pending, tensors):
             values = [physical(tensor)[0].detach().clone() for tensor in tensors]
             yield pending, Update(list(tensors), list(values), in_place=True)
 

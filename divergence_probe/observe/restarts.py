@@ -54,18 +54,19 @@ def starts_over(task: Task, pending: Pending, update: Update) -> bool:
 def is_overwritten(task: Task) -> bool:
     """Whether a task's fast weights have been written to since the update that made them.
 
-    Asked when a gradient is taken of them; if so it is the next task's.
+    Asked when a gradient is taken of them; if so it is the next task's. (Where no other gradient
+    was taken since that update was settled, it has only just been.)
     """
     step, counts = task.counts
-    if task.overwritten or step != task.steps or task.last is None:
+    if task.overwritten or not task.looked_at or step != task.steps or task.last is None:
         return task.overwritten
-    if task.looked_at and not drop_if_written(task):
+    if not drop_if_written(task):
         left = gathered(task.last.after, task.positions)
         task.overwritten = not all(
             count is None or tensor is None or _is_still(physical(tensor)[0], value)
             for tensor, value, count in zip(_fast(task), left, counts, strict=True)
         )
-    return task.overwritten or drop_if_written(task)
+    return task.overwritten
 
 
 def drop_if_written(task: Task) -> bool:

@@ -88,7 +88,10 @@ def address_of(tensor: Tensor) -> int:
 
 def changes_of(tensor: Tensor) -> int:
     """Torch's count of its in-place changes; none is kept in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def waits_for_nothing(tensor: Tensor) -> bool:

@@ -170,3 +170,33 @@ def test_weights_trained_in_turn_are_no_nested_loop() -> None:
                         parameter -= 0.1 * gradient
 
     assert counted(probe) == (0, 0, 0)
+
+
+def test_of_two_gradients_neither_is_the_outer_steps() -> None:
+    """Two look-aheads are averaged, and the step is taken after yet another gradient."""
+    own, other = (torch.randn(5, requires_grad=True) for _ in range(2))
+    payoff, apart = torch.randn(5, 5), torch.ones(3, requires_grad=True)
+
+    def loss(one: Tensor, two: Tensor) -> Tensor:
+        return -torch.sigmoid(one) @ payoff @ torch.sigmoid(two)
+
+    def looked_ahead() -> Tensor:
+        fast = detach_then_clone(other)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss(fast, own), fast, create_graph=True)
+            fast = fast - 0.3 * gradient
+        return torch.autograd.grad(loss(own, fast), own)[0]
+
+    with divergence_probe.attach() as probe:
+        for _ in range(ITERATIONS):
+            grads = [looked_ahead(), looked_ahead()]
+            torch.autograd.grad(apart.pow(2).sum(), apart)
+            with torch.no_grad():
+                own -= 0.05 * (grads[0] + grads[1])
+
+    assert counted(probe) == (2 * ITERATIONS, 4 * ITERATIONS, ITERATIONS)
+    assert not probe.diagnosis.findings
+    steps = probe.recording.steps()
+    outer = steps[steps.phase == "outer"]
+    assert (outer.update_norm > 0).all()
+    assert (outer.gradient_norm.isna() | (outer.gradient_norm < 0)).all()
