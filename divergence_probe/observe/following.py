@@ -9,7 +9,7 @@ next gradient is taken of, the first use as a weight, or what was right at this 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,12 @@ _NOTHING: frozenset[int] = frozenset()
 class Follower(TorchFunctionMode):
     """On from a gradient call until its update is complete; then it only passes through."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(
+        self, guard: Guard, elsewhere: Callable[[Pending, Tensor], None] | None = None
+    ) -> None:
         super().__init__()
         self._guard = guard
+        self._elsewhere = elsewhere  # told of memory no input has that was written a gradient into
         self._pending: Pending | None = None
         self._gradients: list[tuple[int, weakref.ref[Tensor]]] = []
         self._recital: Recital | None = None
@@ -280,6 +283,8 @@ class Follower(TorchFunctionMode):
             parameter = pending.inputs[index]()
             if parameter is not None:
                 pending.versions[index] = parameter._version
+        if index is None and gradients and self._elsewhere is not None:
+            self._elsewhere(pending, target)
         self._tag(target, parameters, gradients)
 
     def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:

@@ -13,6 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
+from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -20,9 +21,16 @@ from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, is_whole, spread
+from divergence_probe.observe.snapshot import Values, is_empty, is_whole, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import are, identities, physical, references, was_left_alone
+from divergence_probe.observe.tensors import (
+    address_of,
+    are,
+    identities,
+    physical,
+    references,
+    was_left_alone,
+)
 from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ class LoopThread(threading.local):
         states.append(vars(self))
         self.pending: Pending | None = None
         self.task: Task | None = None
+        self.waiting: list[Pending] = []
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
@@ -58,7 +67,7 @@ class LoopTasks:
     def step(self, pending: Pending, update: Update) -> None:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
         thread = self._thread
-        if update.in_place and pending.of_base:
+        if outer_steps.is_one(pending, update):
             self._outer(pending, update)
             return
         task = pending.task
@@ -67,7 +76,14 @@ class LoopTasks:
         flags = pending.flags
         flags |= 0 if update.certain else FLAGS["uncertain"]
         flags |= 0 if update.complete else FLAGS["incomplete"]
-        self.record(task, pending, update.values, flags, update.tensors)
+        values: Values = update.values
+        if (
+            not update.in_place
+            and pending.width == 1
+            and restarts.starts_over(task, pending, update)
+        ):
+            values, flags = [None] * len(values), flags | FLAGS["incomplete"]
+        self.record(task, pending, values, flags, update.tensors)
         if update.in_place:
             task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
 
@@ -120,7 +136,9 @@ class LoopTasks:
 
         So it is in almost every step of a loop that makes new tensors; nothing else is asked then.
         """
-        return bool(inputs) and not task.ended and not task.in_place and are(task.inputs, inputs)
+        if not inputs or task.ended or task.in_place or not are(task.inputs, inputs):
+            return False
+        return not restarts.is_overwritten(task)
 
     def continues(self, task: Task, pending: Pending) -> bool:
         """Whether the gradient was taken of the task's own fast weights."""
@@ -136,7 +154,7 @@ class LoopTasks:
         if not ours:
             return False
         if not task.in_place or task.last is None:
-            return True
+            return not restarts.is_overwritten(task)
         for i, tensor in enumerate(inputs):
             if tensor is None or i not in ours or i >= len(task.positions):
                 continue
@@ -157,6 +175,7 @@ class LoopTasks:
         """A task begins with the step that ``pending`` is the gradient of."""
         session, thread = self._session, self._thread
         self.end_task()
+        self.settle_waiting()
         tensors = [reference() for reference in pending.inputs]
         copied = self._copied_from(pending) if in_place else None
         known, positions = copied or pending.named or named(session.models, tensors, pending.before)
@@ -172,10 +191,11 @@ class LoopTasks:
             writes_base=own,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
+        task.origins = pending.leaves
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
-        if not in_place and pending.width == 1:
+        if not in_place and pending.width == 1 and not pending.restarts:
             for tensor in tensors:
                 if tensor is not None and tensor.is_leaf:
                     models.note_begun(tensor)
@@ -184,7 +204,8 @@ class LoopTasks:
                 ref(t) for t in tensors if t is not None and t.is_leaf and not models.find(t)
             ]
         gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
-        if not own and copied is None and len(task.began) + gone == len(tensors):
+        clones = len(task.began) + gone == len(tensors) and not pending.restarts
+        if not own and copied is None and clones:
             models.note_begun_alike(known)
         thread.task = task
         self._in_place.began(task, pending.before, tensors)
@@ -205,6 +226,7 @@ class LoopTasks:
             return
         if task.learned is not None:
             task.learned.task_took(task.steps)
+        restarts.drop_if_written(task)
         task.forwards.extend(self._used_by(task))
         self._session.finish_task(task)
 
@@ -222,6 +244,7 @@ class LoopTasks:
         known, positions = pending.named or named(self._session.models, tensors, pending.before)
         width = len(known.layout.parameters)
         moved = [tensor for tensor in tensors if tensor is not None]
+        self.moved(moved)
         self._session.bases.difference_update(self._session.models.note_moved(moved))
         self._session.outer_step(
             known,
@@ -230,12 +253,79 @@ class LoopTasks:
             spread(pending.gradients, positions, width),
             learning_rate=None,
             site=pending.site,
+            flags=FLAGS["incomplete"] if is_empty(pending.gradients) else 0,
             optimizer="",
         )
+
+    def moved(self, tensors: Sequence[Tensor]) -> None:
+        """``tensors`` were stepped: no gradient of theirs waits for that any more."""
+        thread = self._thread
+        if thread.pending is not None and thread.pending.through:
+            thread.pending.through = not thread.pending.reached(tensors)
+        if thread.waiting:
+            thread.waiting = [waiting for waiting in thread.waiting if not waiting.reached(tensors)]
+
+    def wrote_elsewhere(self, pending: Pending, target: Tensor) -> None:
+        """A gradient went into memory of none of its inputs: an outer step, if it is a base's.
+
+        So first order MAML steps by hand: the gradient is that of the adapted weights.
+        """
+        if pending.base is None:
+            task = self._adapting(pending)
+            pending.base = outer_steps.memory_of(task.known) if task is not None else {}
+        place = pending.base.get(address_of(target))
+        if place is not None:
+            value = physical(target)[0].detach().clone()
+            pending.base_written[place] = value, self._session.sites.here()
+
+    def _adapting(self, pending: Pending) -> Task | None:
+        """The task whose adapted weights a gradient was taken of (they may be gone by now)."""
+        if pending.task is not None:
+            return pending.task if pending.task.steps and not pending.task.ended else None
+        origins = [origin for r in pending.origins or () if (origin := r()) is not None]
+        found = self._session.models.find(origins[0]) if origins else None
+        for task in reversed(self._session.open):
+            if found is not None and task.steps and task.base is found[0]:
+                return task
+        return None
+
+    def outer_elsewhere(self, pending: Pending) -> None:
+        """Record the step of a base that was taken with the gradient of its adapted weights.
+
+        That may have been summed up over tasks, or be one of many: no gradient is recorded.
+        """
+        task = self._adapting(pending)
+        if task is None:
+            return
+        moved = [t for i in pending.base_written if (t := task.known.parameters[i]()) is not None]
+        before, after, site = outer_steps.columns_of(pending, task)
+        self._session.confirm(task)
+        self.end_task()
+        self.moved(moved)
+        self._session.bases.difference_update(self._session.models.note_moved(moved))
+        self._session.outer_step(
+            task.known,
+            before,
+            after,
+            [None] * len(after),
+            learning_rate=None,
+            site=site,
+            flags=FLAGS["incomplete"],
+            optimizer="",
+        )
+
+    def settle_waiting(self) -> None:
+        """Record the outer steps that outer gradients led to after the next gradient was taken."""
+        for pending, update in outer_steps.taken(self._thread.waiting):
+            self._outer(pending, update)
 
     def not_a_step(self, pending: Pending) -> None:
         """No inner update followed: the gradient was the query's (or the outer step's)."""
         self._count_repetition(pending)
+        if pending.through:
+            self._thread.waiting = outer_steps.waiting_with(self._thread.waiting, pending)
+        if self._thread.task is not None:
+            self._thread.task.looked_at = True
         task = self.queried(pending)
         if task is not None and task.steps:
             forwards = self._used_by(task)

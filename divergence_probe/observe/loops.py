@@ -15,6 +15,7 @@ from weakref import ref
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
+from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.known_loops import KnownLoops
@@ -137,7 +138,7 @@ class Loops:
         pending.in_the_middle = not following and _is_plain(pending)
         if following:
             if thread.follower is None:
-                thread.follower = Follower(self._session.guard)
+                thread.follower = Follower(self._session.guard, self.tasks.wrote_elsewhere)
             thread.follower.follow(pending, gradients)
 
     def _runs_base_weights(self, loss: Tensor | None, inputs: Sequence[Tensor]) -> None:
@@ -231,10 +232,14 @@ class Loops:
         elif task is not None and self.tasks.continues(task, pending):
             pending.task = task
             self.tasks.reorder(task, pending)
-        elif inputs:
+        elif task is not None:
+            task.looked_at = True
+        if pending.task is None and inputs:
             models = self._session.models
-            pending.named = models.find_all(inputs)
-            pending.by_identity = pending.named is not None
+            before = restarts.restarted(task, inputs)
+            pending.restarts = before is not None
+            pending.named = before or models.find_all(inputs)
+            pending.by_identity = before is None and pending.named is not None
             if pending.named is None:
                 pending.named = named(models, inputs, inputs)
             # An in-place update of these is an outer step by hand.
@@ -242,6 +247,11 @@ class Loops:
                 any(map(models.begun, inputs))
                 or base_among(self._session.bases, inputs) is not None
             )
+            bases = [None if tensor.is_leaf else base_of(tensor) for tensor in inputs]
+            both = zip(inputs, bases, strict=True)
+            pending.leaves = [ref(tensor if base is None else base) for tensor, base in both]
+            if task is not None:
+                pending.through = outer_steps.runs_through(pending, task, inputs)
             origins = models.origins_of(inputs)
             pending.origins = list(map(ref, origins)) if origins is not None else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
@@ -355,6 +365,8 @@ class Loops:
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
         else:
             self.tasks.not_a_step(pending)
+            if pending.base_written:
+                self.tasks.outer_elsewhere(pending)
 
     def _restored(self, task: Task) -> None:
         """The weights a task adapted in place were loaded anew."""
@@ -372,6 +384,7 @@ class Loops:
             vars(self._thread).update({**state, "follower": None})
             self.settle()
             self.tasks.end_task()
+            self.tasks.settle_waiting()
 
     def leave(self) -> None:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""

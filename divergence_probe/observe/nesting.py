@@ -97,13 +97,24 @@ class Nesting:
         tasks = [start.task for start in starts]
         for position, start in enumerate(starts[:-1]):
             if starts[-1].repeats(start):
-                return tasks[position:]
+                return tasks[self._first_run(tasks, position) :]
         if any(task is other for task in tasks[-_EQUAL_RUNS:] for other in self._goes_on):
             return []  # phases of one training, each with an optimizer of its own
         runs = [task.steps for task in tasks[-1 - _EQUAL_RUNS : -1]]
         if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN:
             return tasks[-1 - _EQUAL_RUNS :]
         return []
+
+    def _first_run(self, tasks: Sequence[Task], position: int) -> int:
+        """The first of the equally long runs of steps that led to ``position``.
+
+        (The first of all often begins with the values its model was made with, not yet reset.)
+        """
+        while position > 0 and tasks[position] not in self._goes_on:
+            if not _STEPS_A_RUN <= tasks[position].steps == tasks[position - 1].steps:
+                break
+            position -= 1
+        return position
 
     def outer_step(self) -> None:
         """An outer optimizer moved a base: copies trained before it were inner loops."""

@@ -102,6 +102,7 @@ class Optimizers:
             return None
         with self._session.guard.work():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._loops.tasks.moved(parameters)
             self.begin(optimizer, _facts(optimizer), parameters)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self.closure(args[1]), *args[2:]), kwargs

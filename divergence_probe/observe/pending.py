@@ -38,6 +38,7 @@ class Learned:
         functional: whether updates make new tensors.
         piecewise: whether each parameter's gradient is a call by itself.
         confirmed: how often what was learned turned out right.
+        counts: how often what an update made was written to in place before the next gradient.
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
     """
@@ -50,6 +51,7 @@ class Learned:
     functional: bool | None = None
     piecewise: bool = False
     confirmed: int = 0
+    counts: list[int | None] = field(default_factory=list)
     script: Script | None = None
     scripts: int = 0
 
@@ -116,6 +118,13 @@ class Pending:
         named: otherwise, the model its inputs belong to and their positions in it.
         by_identity: whether its inputs are that model's own parameters.
         of_base: whether its inputs are the base of earlier tasks.
+        leaves: what its inputs are, or were cloned from, where it goes on with no task.
+        through: whether its loss was computed with the fast weights of a task, and it is of other
+            leaves: the gradient of who looks ahead at what a task makes of another's weights.
+        base: the tensors a base has at its positions, where its memory was asked for.
+        base_written: by position in it, what was written with the gradient into a base that it was
+            not taken of, and the line that did.
+        restarts: whether they are the fast weights of the task before, written anew in place.
         origins: what its inputs were deep-copied from, where they all were.
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
     """
@@ -146,6 +155,11 @@ class Pending:
     named: tuple[KnownModel, list[int]] | None = None
     by_identity: bool = False
     of_base: bool = False
+    leaves: list[weakref.ref[Tensor]] = field(default_factory=list)
+    through: bool = False
+    base: dict[int, int] | None = None
+    base_written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    restarts: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
     in_the_middle: bool = False
 

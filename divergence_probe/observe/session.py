@@ -280,9 +280,10 @@ class Session:
         *,
         learning_rate: Number,
         site: int,
+        flags: int = 0,
         **data: Any,
     ) -> None:
-        """The outer optimizer moved the base's weights."""
+        """The outer optimizer moved the base's weights ("incomplete": its gradient is unknown)."""
         self.finish_tasks()
         row = Row(
             -1,
@@ -297,7 +298,7 @@ class Session:
             NO_FORWARDS,
             None,
             learning_rate,
-            self._clipping(),
+            flags | self._clipping(),
         )
         self._retention.outer_step()
         missing = [
@@ -305,7 +306,7 @@ class Session:
             for info, gradient, parameter in zip(
                 known.layout.parameters, shapes_of(gradients), shapes_of(before), strict=True
             )
-            if gradient is None and parameter is not None
+            if gradient is None and parameter is not None and not flags & FLAGS["incomplete"]
         ]
         self.event("outer-step", None, site, without_gradient=missing, **data)
         self._add(row, None)

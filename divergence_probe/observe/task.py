@@ -30,11 +30,16 @@ class Task:
         last: the row of its last step.
         fast: weak references to its current fast weights.
         began: weak references to the leaves of its own that it started from, if it did.
+        origins: weak references to the leaves it began from.
         base: the model whose weights it started from, where those are other tensors.
         positions: which of the model's parameters its loop moves, in the loop's order.
         inputs: weak references to what its next gradient is expected to be taken of.
         in_place: whether its updates overwrite the parameters.
         versions: by position, the parameters' counts of in-place changes after the last update.
+        counts: the step that made new fast weights, and their counts of in-place changes when it
+            was settled, in the order of ``inputs``; None for those it left as they were.
+        looked_at: whether a gradient that was no step's was taken since.
+        overwritten: whether its fast weights were written anew in place: it is over.
         learned: what is known of the line its gradients are taken at.
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
@@ -54,11 +59,15 @@ class Task:
     last: Row | None = None
     fast: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     began: list[weakref.ref[Tensor]] = field(default_factory=list)
+    origins: list[weakref.ref[Tensor]] = field(default_factory=list)
     base: KnownModel | None = None
     positions: list[int] = field(default_factory=list)
     inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     in_place: bool = False
     versions: dict[int, int] = field(default_factory=dict)
+    counts: tuple[int, list[int | None]] = (0, [])
+    looked_at: bool = False
+    overwritten: bool = False
     learned: Learned | None = None
     provisional: bool = False
     held: list[Row] = field(default_factory=list)

@@ -104,6 +104,22 @@ def was_left_alone(
     return torch.equal(left, now) or bool(left.isnan().any())
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where its plain values begin in memory; 0 where it has none of its own."""
+    try:
+        return physical(tensor)[0].data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, meta, or a wrapper without storage
+        return 0
+
+
+def changes_of(tensor: Tensor) -> int:
+    """Torch's count of its in-place changes; none is kept in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
 def waits_for_nothing(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device."""
     return tensor.is_cpu

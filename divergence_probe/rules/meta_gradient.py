@@ -59,8 +59,9 @@ class NoMetaGradient(Rule):
             self._last = starts[-1].data
         gradients = frame.block.parameters["gradient_norm"]
         steps = np.flatnonzero(frame.outer)
-        # a NaN is a gradient, if a bad one
+        # a NaN is a gradient, if a bad one; one that was not seen may have been there
         nothing = ((gradients[steps] == MISSING) | (gradients[steps] == 0)).all(1)
+        nothing &= ~frame.flagged("incomplete")[steps]
         begins = [0, *(steps + 1).tolist()]
         for number in np.flatnonzero(nothing).tolist():
             row = int(steps[number])

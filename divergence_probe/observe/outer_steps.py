@@ -1,0 +1,134 @@
+"""Outer steps by hand: the user writes into (or replaces) weights that no inner loop adapts.
+
+Two agents that look ahead at each other (LOLA), or a net trained against an unrolled one, take the
+gradient of their own weights through the fast weights of a task. What they move then is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.resolution import Update
+from divergence_probe.observe.snapshot import Values
+from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import address_of, base_of, physical, waits_for_nothing
+
+# What lies between a loss and the fast weights is one forward; a larger graph is not searched.
+_MOST_NODES = 4096
+# Agents whose outer steps come together; each one's weights are kept as they were.
+_MOST_WAITING = 7
+
+
+def is_one(pending: Pending, update: Update) -> bool:
+    """Whether an update is an outer step: of a base in place, or of who looked ahead.
+
+    New weights count where they are leaves (or clones of such, if only those were seen): nothing
+    differentiates through an outer step.
+    """
+    if update.in_place:
+        return pending.of_base or pending.through
+    return pending.through and all(
+        tensor is None or tensor.is_leaf or base_of(tensor) is not None for tensor in update.tensors
+    )
+
+
+def runs_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> bool:
+    """Whether the loss of a gradient was computed with a task's fast weights, by its graph.
+
+    It leads to them, or on to what the task began from (where they are gone already).
+
+    Args:
+        pending: the gradient, whose loss is still alive.
+        task: which was adapted before it.
+        inputs: what it was taken of: leaves, and none of the task's own.
+    """
+    loss = pending.loss_of() if pending.loss_of is not None else None
+    if loss is None or pending.width > 1 or task.ended or task.in_place or not task.steps:
+        return False  # (two nets that are trained in place, in turn, run through each other)
+    own = [t for r in (*task.inputs, *task.origins) if r is not None and (t := r()) is not None]
+    if not all(tensor.is_leaf and all(tensor is not other for other in own) for tensor in inputs):
+        return False
+    fast = {id(reference()) for reference in task.inputs if reference is not None}
+    return _reaches(
+        loss.grad_fn,
+        {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
+        {id(tensor) for tensor in own if tensor.is_leaf and id(tensor) not in fast},
+    )
+
+
+def _reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:
+    """Whether a graph leads from ``node`` to one of ``nodes``, or to a leaf."""
+    seen, level = {node}, [node]
+    while level and len(seen) < _MOST_NODES:
+        if any(at in nodes or id(getattr(at, "variable", None)) in leaves for at in level):
+            return True
+        following = {n for at in level if at is not None for n, _ in at.next_functions}
+        level = list(following - seen)
+        seen |= following
+    return False
+
+
+def waiting_with(waiting: Sequence[Pending], pending: Pending) -> list[Pending]:
+    """Outer gradients whose steps were not seen yet, and one more.
+
+    One for the same leaves: of several gradients of theirs none by itself is that of the step.
+    """
+    kept = [other for other in waiting[-_MOST_WAITING:] if _alive(other)]
+    tensors = _alive(pending)
+    same = [other for other in kept if other.reached(tensors)]
+    for other in same:
+        other.gradients = [None] * len(other.inputs)
+    return kept if same else [*kept, pending]
+
+
+def _alive(pending: Pending) -> list[Tensor]:
+    """What a gradient was taken of, if all of it still lives."""
+    tensors = [tensor for r in pending.inputs if (tensor := r()) is not None]
+    return tensors if len(tensors) == len(pending.inputs) else []
+
+
+def taken(waiting: Sequence[Pending]) -> Iterator[tuple[Pending, Update]]:
+    """The steps that gradients through a task led to, seen by what became of their leaves.
+
+    Two agents may step only when both have looked ahead, and what follows then is another's. Values
+    are looked at where they are at hand.
+    """
+    for pending in waiting:
+        tensors = _alive(pending)
+        if tensors and _has_moved(pending, tensors):
+            values = [physical(tensor)[0].detach().clone() for tensor in tensors]
+            yield pending, Update(list(tensors), list(values), in_place=True)
+
+
+def memory_of(known: KnownModel) -> dict[int, int]:
+    """The positions of a model's parameters, by address."""
+    own = [reference() for reference in known.parameters]
+    places = {address_of(t): place for place, t in enumerate(own) if t is not None}
+    return {address: place for address, place in places.items() if address}
+
+
+def columns_of(pending: Pending, task: Task) -> tuple[Values, Values, int]:
+    """A base written to with the gradient of ``task``'s weights: before, after, and at which line.
+
+    What it was before is known where the task began with its very tensors.
+    """
+    width, written = len(task.known.layout.parameters), pending.base_written
+    after = [written[place][0] if place in written else None for place in range(width)]
+    began = {id(tensor) for r in task.origins if (tensor := r()) is not None}
+    own = all(id(task.known.parameters[place]()) in began for place in written)
+    values: Values = task.first.before if task.first is not None and own else [None] * width
+    before = [values[place] if place in written else None for place in range(width)]
+    return before, after, next(iter(written.values()))[1]
+
+
+def _has_moved(pending: Pending, tensors: Sequence[Tensor]) -> bool:
+    return any(
+        waits_for_nothing(value) and not torch.equal(physical(tensor)[0], value)
+        for tensor, value in zip(tensors, pending.before, strict=True)
+    )
