@@ -7,6 +7,8 @@ does not count: that is seen by value, where a gradient (the query's) was taken 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from operator import call
 
 from torch import Tensor
 
@@ -104,11 +106,15 @@ def restarted(task: Task | None, inputs: Sequence[Tensor]) -> tuple[KnownModel, 
 
 def _fast(task: Task) -> list[Tensor | None]:
     """A task's fast weights, in the order of its positions."""
+    with suppress(TypeError):  # None among them
+        return list(map(call, task.inputs))  # type: ignore[arg-type]
     return [reference() if reference is not None else None for reference in task.inputs]
 
 
 def _more(counts: Sequence[int | None], before: Sequence[int | None]) -> bool:
     """Whether any count of in-place changes is higher than the one before."""
+    if counts == before:  # as almost always
+        return False
     return len(counts) == len(before) and any(
         now is not None and then is not None and now > then
         for now, then in zip(counts, before, strict=True)
