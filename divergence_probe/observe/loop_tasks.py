@@ -21,6 +21,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, is_whole, spread
+from divergence_probe.observe.standstill import settle_standstill
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import physical, was_left_alone
 from divergence_probe.record.schema import FLAGS
@@ -58,6 +59,7 @@ class LoopTasks:
     def step(self, pending: Pending, update: Update) -> None:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
         thread = self._thread
+        settle_standstill(pending, update.values)
         if update.in_place and pending.of_base:
             self._outer(pending, update)
             return
@@ -225,6 +227,7 @@ class LoopTasks:
             spread(pending.gradients, positions, width),
             learning_rate=None,
             site=pending.site,
+            flags=pending.flags & (FLAGS["rounded"] | FLAGS["zero"]),
             optimizer="",
         )
 
@@ -252,7 +255,9 @@ class LoopTasks:
             return  # (what a transform wrapped for the call is gone, and its point with it)
         if not isinstance(loss, float):
             return  # it would be waited for, or is that of several tasks
-        key = (pending.site, tuple(map(id, inputs)), loss)
+        # An optimizer that was handed this gradient counts its write, also where nothing moved.
+        versions = [tensor._version for tensor in inputs if tensor is not None]
+        key = (pending.site, tuple(map(id, inputs)), *versions, loss)
         thread.repeated = thread.repeated + 1 if key == thread.unused else 1
         thread.unused = key
         if thread.repeated == _REPETITIONS:

@@ -90,7 +90,8 @@ class Session:
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
-        self.name_forwards = LayerNames(self.models).give
+        self.layer_names = LayerNames(self.models)
+        self.name_forwards = self.layer_names.give
         self._last_rows: dict[int, Row] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink
@@ -276,6 +277,7 @@ class Session:
         *,
         learning_rate: Number,
         site: int,
+        flags: int = 0,
         **data: Any,
     ) -> None:
         """The outer optimizer moved the base's weights."""
@@ -293,7 +295,7 @@ class Session:
             NO_FORWARDS,
             None,
             learning_rate,
-            self._clipping(),
+            self._clipping() | flags,
         )
         self._retention.outer_step()
         missing = [

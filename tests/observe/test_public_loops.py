@@ -440,3 +440,54 @@ def test_a_base_moved_by_hand_with_the_copies_gradients_is_not_the_inner_loops_d
 
     assert probe.diagnosis.summary.tasks == 4
     assert "BASE001" not in codes(probe) and probe.failure is None
+
+
+class Listed(nn.Module):
+    """As in dragen1860/MAML-Pytorch: all weights and statistics in lists, one forward for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vars = nn.ParameterList()
+        self.vars_bn = nn.ParameterList()
+        for shape in ((6, 4), (6, 6)):
+            self.vars.extend([nn.Parameter(torch.randn(shape) / 2), nn.Parameter(torch.zeros(6))])
+            self.vars.extend([nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))])
+            for start in (torch.zeros(6), torch.ones(6)):
+                self.vars_bn.append(nn.Parameter(start, requires_grad=False))
+
+    def forward(self, x: Tensor, variables: list[Tensor] | None = None) -> Tensor:
+        w, statistics = variables or list(self.vars), list(self.vars_bn)
+        for layer in (0, 1):
+            x = F.linear(x, *w[4 * layer : 4 * layer + 2])
+            mean, variance = statistics[2 * layer : 2 * layer + 2]
+            x = F.batch_norm(x, mean, variance, *w[4 * layer + 2 : 4 * layer + 4], training=True)
+        return x
+
+    def parameters(self, recurse: bool = True) -> nn.ParameterList:  # type: ignore[override]
+        return self.vars
+
+
+def test_layers_of_weights_in_a_list_are_counted_once() -> None:
+    """Also those of a copy that is adapted and thrown away, whose last query nothing follows."""
+    torch.manual_seed(0)
+    net = Listed()
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def adapted(learner: Listed, x: Tensor, y: Tensor) -> Tensor:
+        fast = list(learner.parameters())
+        for _ in range(3):
+            grads = torch.autograd.grad(F.mse_loss(learner(x, fast), y), fast)
+            fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            with torch.no_grad():
+                learner(x, list(learner.parameters()))
+        return F.mse_loss(learner(x, fast), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(5):
+            outer.zero_grad()
+            adapted(net, torch.randn(16, 4), torch.randn(16, 6)).backward()
+            outer.step()
+            adapted(copy.deepcopy(net), torch.randn(16, 4), torch.randn(16, 6))
+
+    assert probe.diagnosis.summary.layers == 4
+    assert {row.layer for row in probe.diagnosis.batch_norm} == {"vars.2", "vars.6"}
