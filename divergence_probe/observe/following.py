@@ -215,8 +215,8 @@ class Follower(TorchFunctionMode):
                     self._used(pending, index, tensor, operation, args)
         if operation.in_place and args and isinstance(args[0], Tensor):
             self._written(pending, args[0], operation, parameters, gradients)
-        if not (parameters or gradients) or operation.uses_weights:
-            return  # what comes out of a weight operation is an activation, not a parameter
+        if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
+            return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
             active = operation.in_place or not torch.equal(plain(result), plain(args[0]))
             pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
@@ -230,6 +230,18 @@ class Follower(TorchFunctionMode):
             self._made(pending, tensor, parameters, gradients)
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
+
+    def _is_activation(
+        self, pending: Pending, operation: Operation, parameters: frozenset[int]
+    ) -> bool:
+        """Whether what comes out is an activation, not a parameter, as out of a weight operation.
+
+        But for one that is given gradients: a learned optimizer or a preconditioner makes updates.
+        """
+        if operation.uses_weights and not parameters:
+            pending.learned.flags |= FLAGS["transformed"]
+            pending.flags |= pending.learned.flags
+        return operation.uses_weights and bool(parameters)
 
     def _reshape(
         self, pending: Pending, tensor: Tensor, result: Tensor, indices: frozenset[int]

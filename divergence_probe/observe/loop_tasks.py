@@ -208,6 +208,10 @@ class LoopTasks:
         task.forwards.extend(self._used_by(task))
         self._session.finish_task(task)
 
+    def outer_step(self) -> None:
+        """An optimizer moved a base: its copies that were adapted before it were inner loops."""
+        self._in_place.outer_step()
+
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""
         fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}

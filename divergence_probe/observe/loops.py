@@ -132,7 +132,7 @@ class Loops:
         pending.inputs = list(pending.task.inputs)  # type: ignore[arg-type]
         pending.before = cast(Sequence[Tensor], values)
         pending.gradients = slopes
-        pending.flags = _order(gradients)
+        pending.flags = _order(gradients) | pending.learned.flags
         pending.set_loss(loss)
         forwards = session.loose.forwards
         if forwards.only_a_loss:
@@ -222,7 +222,7 @@ class Loops:
             gradients=slopes,
             forwards=forwards,
             learned=learned,
-            flags=_order(made),
+            flags=_order(made) | learned.flags,
             width=width,
         )
         pending.set_loss(loss)

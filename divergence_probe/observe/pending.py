@@ -40,6 +40,7 @@ class Learned:
         confirmed: how often what was learned turned out right.
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
+        flags: ``schema.FLAGS`` that hold of every step here.
     """
 
     candidates: list[int] | None = None
@@ -52,6 +53,7 @@ class Learned:
     confirmed: int = 0
     script: Script | None = None
     scripts: int = 0
+    flags: int = 0
 
     @property
     def is_known_by_heart(self) -> bool:

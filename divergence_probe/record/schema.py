@@ -78,7 +78,8 @@ BATCH_NORM_COLUMNS: dict[str, str] = {
 #: Meanings of the bits in ``flags``: the gradient carried a graph; which tensor was the updated one
 #: is a guess; the weights after the step were not seen; a clip changed the gradient; several
 #: backwards led to one step; a clip was applied, active or not; the update was thrown away; an
-#: update was seen, was not zero, and changed no weight; an update was seen and was exactly zero.
+#: update was seen, was not zero, and changed no weight; an update was seen and was exactly zero; a
+#: matrix or a net stood between gradient and update.
 FLAGS = {
     "second_order": 1,
     "uncertain": 2,
@@ -89,6 +90,7 @@ FLAGS = {
     "discarded": 256,
     "rounded": 512,
     "zero": 1024,
+    "transformed": 2048,
 }
 
 #: Modules that hold parameters without being a layer.

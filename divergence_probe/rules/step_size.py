@@ -126,6 +126,7 @@ class NegativeLearningRate(Rule):
     ## What it does
     Compares each update with its gradient. Where a parameter's update points up its own gradient
     (or the recorded learning rate is negative) and the support loss rises, the rate is negative.
+    A remark where what climbs is no weight of a base (an input under attack, say): it may be meant.
 
     ## Why it is bad
     The inner loop un-learns the support set. The outer loss may still fall for a while, by using
@@ -154,9 +155,13 @@ class NegativeLearningRate(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._climbing: dict[tuple[int, int], tuple[float, Finding]] = {}
+        # of tensors without a name: those known to be a base, and where the last task began
+        self._bases: set[tuple[int, int]] = set()
+        self._starts: dict[tuple[int, int], Array] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """A task is reported once its loss has risen over a step with a negative rate."""
+        self._note_base(frame)
         rates = frame.block.parameters["step_rate"]
         negative = self._negative(frame)
         told = negative.copy()
@@ -181,21 +186,55 @@ class NegativeLearningRate(Rule):
         # By hand the rate must be read off the update. Momentum also climbs at times, but never
         # straight up the gradient, and never in a task's first step.
         by_hand = (frame.step == 0) | (collinearity(frame) > 0.999)
+        by_hand &= ~frame.flagged("transformed")  # no rate is to be read off what a net made of it
         return np.asarray(up & np.where(np.isfinite(rate), rate < 0, by_hand))
 
     def _describe(self, frame: Frame, row: int, rates: Array) -> Finding:
         column = int(np.nanargmin(rates)) if np.isfinite(rates).any() else 0
         rate = float(frame.block.scalars["learning_rate"][row])
         rate = rate if math.isfinite(rate) else float(rates[column])
+        learned = self._is_learned(frame, row)
         return self.at(
             frame,
             row,
-            f"the inner learning rate is negative ({rate:.3g}) and the support loss rises",
-            f"learning rate {rate:.3g}",
+            f"the inner learning rate is negative ({rate:.3g}) and the support loss rises"
+            if learned
+            else "the step goes up its own gradient and the support loss rises",
+            f"learning rate {rate:.3g}" if learned else "climbs",
+            severity=self.severity if learned else Severity.INFO,
             layer=frame.layer(column),
             evidence={"learning_rate": rate},
-            fix="lr = F.softplus(raw_lr)   # a learned rate that cannot change sign",
+            fix="lr = F.softplus(raw_lr)   # a learned rate that cannot change sign"
+            if learned
+            else "",
         )
+
+    def _is_learned(self, frame: Frame, row: int) -> bool:
+        """Whether a rate may be one that was learned: there is a base it would be learned with.
+
+        A tensor no model owns, which begins anew in each task and which no outer step moves, is no
+        weight: an input that is attacked, say, and to climb is what that is for.
+        """
+        if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
+            return True
+        names = (info.name for info in frame.block.layout.parameters)
+        own = not all(name.startswith("param[") for name in names)
+        return own or (frame.block.rank, frame.block.layout.index) in self._bases
+
+    def _note_base(self, frame: Frame) -> None:
+        """Note whether outer steps move a frame's tensors, or task after task begins with them."""
+        layout = (frame.block.rank, frame.block.layout.index)
+        if layout in self._bases:
+            return
+        starts = known(frame, "norm_before")[frame.begins]
+        if layout in self._starts:
+            starts = np.concatenate([self._starts[layout][None], starts])
+        again = (starts[1:] == starts[:-1]) & (starts[1:] > 0)
+        if frame.outer.any() or again.all(1).any():
+            self._bases.add(layout)
+            self._starts.pop(layout, None)
+        elif len(starts):
+            self._starts[layout] = starts[-1].copy()
 
 
 class NoParameterChange(Rule):

@@ -5,7 +5,7 @@ import pytest
 from divergence_probe.record.schema import FLAGS, MISSING, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, INF, NAN, inner, make, one, place, query, silent
+from .blocks import HERE, INF, NAN, findings, inner, make, one, outer, place, query, silent
 
 ONE = ("layer.weight",)
 
@@ -190,6 +190,41 @@ def test_a_rising_loss_with_a_positive_rate_or_a_negative_one_that_does_no_harm(
     assert silent("LR003", make(*climbing(0.1)))
     assert silent("LR003", make(*climbing(-0.1, losses=(1.5, 1.0))))
     assert silent("LR003", make(*climbing(-0.1, declared=0.1)))  # momentum climbs at times
+
+
+NAMELESS = ("param[0] 8x20",)
+
+
+def attacked(start, task):
+    """Steps by hand up the loss, from ``start``."""
+    return [
+        row | {"task": float(task), "norm_before": start, "learning_rate": -INF}
+        for row in climbing(-0.1)
+    ]
+
+
+def test_to_climb_on_an_input_is_a_remark():
+    rows = [*attacked(2.0, 0), *attacked(3.0, 1), *attacked(2.5, 2)]
+    seen = findings("LR003", make(*rows, parameters=NAMELESS))
+    assert seen and {finding.severity for finding in seen} == {Severity.INFO}
+    zeros = [*attacked(0.0, 0), *attacked(0.0, 1)]
+    assert {f.severity for f in findings("LR003", make(*zeros, parameters=NAMELESS))} == {
+        Severity.INFO
+    }
+
+
+def test_to_climb_on_a_base_without_a_name_is_not():
+    again = make(*attacked(2.0, 0), *attacked(2.0, 1), parameters=NAMELESS)
+    assert findings("LR003", again)[-1].severity is Severity.WARNING
+    moved = [make(outer(), parameters=NAMELESS), make(*attacked(2.0, 1), parameters=NAMELESS)]
+    assert findings("LR003", *moved)[-1].severity is Severity.WARNING
+    known = make(*[row | {"learning_rate": -0.1} for row in attacked(2.0, 0)], parameters=NAMELESS)
+    assert one("LR003", known).severity is Severity.WARNING
+
+
+def test_what_a_net_makes_of_a_gradient_shows_no_rate():
+    rows = [row | {"flags": float(FLAGS["transformed"])} for row in attacked(2.0, 0)]
+    assert silent("LR003", make(*rows))
 
 
 def test_an_update_that_is_thrown_away():
