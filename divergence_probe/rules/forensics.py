@@ -49,7 +49,10 @@ class _Forensic(Rule):
         raise NotImplementedError
 
     def _describe(self, frame: Frame, event: Event) -> Finding:
+        spoken = frame.block.layout.spoken
         data = event.data
+        told = {**data, "layer": data["layer"] and spoken(data["layer"])}
+        told["layers"] = [spoken(layer) for layer in data["layers"]]
         fix = self.fixes.get(data["operation"], self.fixes.get("", ""))
         evidence: dict[str, float | str] = {
             "operation": data["operation"],
@@ -64,7 +67,7 @@ class _Forensic(Rule):
         if not data["certain"]:
             evidence["seen"] = "inferred from the graph's shape, its numbers were freed already"
         return self.finding(
-            self.message(data),
+            self.message(told),
             rank=frame.block.rank,
             layer=data["layer"],
             layers=tuple(data["layers"]),

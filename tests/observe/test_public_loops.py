@@ -599,3 +599,49 @@ def test_lookahead_resets_nothing_so_nothing_is_half_reset() -> None:
                         parameter.copy_(kept)
 
     assert probe.diagnosis.verdict == "healthy"
+
+
+def test_a_parameter_that_is_no_layers_weight_is_taken_as_the_others_are() -> None:
+    """A policy's log deviation goes on through ``exp``: that is not what the step made of it."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    deviation = torch.zeros(2, requires_grad=True)
+    outer = torch.optim.SGD([*net.parameters(), deviation], lr=0.0)
+    x, y = batches(6)
+    made = []
+    with divergence_probe.attach() as probe:
+        for task in range(6):
+            base = [*net.parameters(), deviation]
+            spread = deviation.exp()
+            loss = ((F.linear(x[task], *base[:2]) - y[task]) / spread).square().mean()
+            grads = torch.autograd.grad(loss + spread.log().sum(), base, create_graph=True)
+            fast = [w - RATE * g for w, g in zip(base, grads, strict=True)]
+            made.append(fast[2].norm().item())
+            spread = fast[2].exp()
+            outer.zero_grad()
+            ((F.linear(x[task], *fast[:2]) - y[task]) / spread).square().mean().backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    seen = steps[(steps["phase"] == "support") & (steps["parameter"].str.startswith("param[2]"))]
+    assert seen["norm_after"].tolist() == pytest.approx(made)
+
+
+def test_a_loss_that_was_computed_before_the_weights_it_is_asked_for() -> None:
+    weight = torch.randn(2, 3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+
+    def adapt() -> None:
+        for _ in range(2):
+            fast = weight
+            loss = F.mse_loss(F.linear(x, fast), y)
+            for _ in range(2):
+                (gradient,) = torch.autograd.grad(loss, fast, retain_graph=True)
+                fast = fast - RATE * gradient
+
+    probe = divergence_probe.attach()
+    with pytest.raises(RuntimeError, match="used in the graph"), probe:
+        adapt()
+
+    (finding,) = (f for f in probe.diagnosis.findings if f.rule == "EX001")
+    assert "depends on none" in finding.message and "allow_unused" not in finding.fix
