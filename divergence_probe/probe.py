@@ -345,6 +345,7 @@ class _Watch:
                 layer=raised.layer,
                 module=raised.module,
                 unused=list(raised.unused),
+                none_used=raised.none_used,
                 in_task=max(last.index if last is not None else lines.task, 0),
                 at_step=last.steps if last is not None else lines.steps,
             )

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace, Summary
+from divergence_probe.diagnosis.layers import WatchedLayers
 from divergence_probe.diagnosis.normalization import NormalizationLayers
 from divergence_probe.diagnosis.worst_task import WorstTask
 from divergence_probe.record.schema import FLAGS, SUPPORT, Array, Block, Flags
@@ -23,7 +24,7 @@ class Collector:
         self.inner_steps = 0
         self.outer_steps = 0
         self.ranks: set[int] = set()
-        self.layers: set[str] = set()
+        self._watched = WatchedLayers()
         self.adapters: dict[str, None] = {}
         self.optimizers: dict[str, None] = {}
         self.incomplete: dict[str, None] = {}
@@ -49,7 +50,7 @@ class Collector:
         flags = scalars["flags"].astype(int)[support]
         self._unseen += int(((flags & FLAGS["incomplete"]) > 0).sum())
         self._guessed += int(((flags & FLAGS["uncertain"]) > 0).sum())
-        self.layers.update(p.name.rpartition(".")[0] or p.name for p in block.layout.parameters)
+        self._watched.feed(block)
         rates = scalars["learning_rate"][support & np.isfinite(scalars["learning_rate"])]
         if len(rates):
             extremes = [*self._rates, float(rates.min()), float(rates.max())]
@@ -96,7 +97,7 @@ class Collector:
             tasks=self.tasks,
             inner_steps=self.inner_steps,
             outer_steps=self.outer_steps,
-            layers=len(self.layers),
+            layers=self._watched.count(),
             adapters=tuple(self.adapters),
             overhead_fraction=overhead,
             ranks=max(len(self.ranks), 1),

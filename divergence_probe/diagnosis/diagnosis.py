@@ -41,7 +41,8 @@ class Summary:
         tasks: number of tasks (inner loops) seen.
         inner_steps: number of inner steps seen.
         outer_steps: number of outer (meta) steps seen.
-        layers: number of modules that own a parameter.
+        layers: number of modules that own a parameter that was measured; of tensors in no module,
+            a weight and its bias are one.
         adapters: how the loops were seen, such as ``("higher",)``.
         overhead_fraction: time spent in the probe over the run's time, 0 to 1.
         ranks: number of processes that recorded.

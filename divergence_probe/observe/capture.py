@@ -30,6 +30,8 @@ class NormalizationCall:
         batches: ``num_batches_tracked`` when the call ended; None where there is no counter.
         shared: whether the buffers are the base model's own.
         buffers: address of the running mean's storage, to tell layers apart; 0 for none.
+        statistics: the running mean itself; None for none.
+        known_as: the name that layer was given before.
         order: position among all observed forward calls.
         differentiable: whether gradients were enabled: a gradient can only come from such calls.
     """
@@ -45,6 +47,8 @@ class NormalizationCall:
     batches: int | Tensor | None
     shared: bool
     buffers: int = 0
+    statistics: weakref.ref[Tensor] | None = None
+    known_as: str | None = None
     name: str | None = None
     order: int = 0
     differentiable: bool = True

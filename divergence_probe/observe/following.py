@@ -22,6 +22,7 @@ from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
+from divergence_probe.observe.standstill import note_standstill
 from divergence_probe.observe.tensors import batched, plain
 from divergence_probe.record.schema import FLAGS
 
@@ -200,9 +201,10 @@ class Follower(TorchFunctionMode):
         self, pending: Pending, operation: Operation, args: Any, kwargs: Any, result: Any
     ) -> None:
         if operation.foreach:
-            self._foreach(pending, operation, args, result)
+            self._foreach(pending, operation, args, kwargs, result)
             return
         parameters = gradients = _NOTHING
+        steps: list[Tensor] = []
         # What is overwritten does not matter to the value that comes out, only what it is made of.
         sources = args[1:] if operation.overwrites else args
         cut = operation.detaches or not self._guard.differentiable
@@ -211,23 +213,38 @@ class Follower(TorchFunctionMode):
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
                 cut |= bool(tag[2]) and id(tensor) in self._cut
+                steps += [tensor] * bool(tag[2])
                 for index in tag[1] & tag[2]:  # it may be an updated parameter
                     self._used(pending, index, tensor, operation, args)
         if operation.in_place and args and isinstance(args[0], Tensor):
             self._written(pending, args[0], operation, parameters, gradients)
-        if not (parameters or gradients) or operation.uses_weights:
-            return  # what comes out of a weight operation is an activation, not a parameter
+        if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
+            return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
             active = operation.in_place or not torch.equal(plain(result), plain(args[0]))
             pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
         if gradients and operation.escapes:
             pending.escaped = True
+        both = parameters & gradients
+        note_standstill(pending, both, result, operation, steps, (*args, *kwargs.values()))
         for tensor in _results(result):
             if cut and gradients:
                 self._cut.add(id(tensor))
             self._made(pending, tensor, parameters, gradients)
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
+
+    def _is_activation(
+        self, pending: Pending, operation: Operation, parameters: frozenset[int]
+    ) -> bool:
+        """Whether what comes out is an activation, not a parameter, as out of a weight operation.
+
+        But for one that is given gradients: a learned optimizer or a preconditioner makes updates.
+        """
+        if operation.uses_weights and not parameters:
+            pending.learned.flags |= FLAGS["transformed"]
+            pending.flags |= pending.learned.flags
+        return operation.uses_weights and bool(parameters)
 
     def _reshape(
         self, pending: Pending, tensor: Tensor, result: Tensor, indices: frozenset[int]
@@ -247,18 +264,25 @@ class Follower(TorchFunctionMode):
         known = reshaped is not None and reshaped[0]() is tensor
         return reshaped[1] if reshaped is not None and known else None
 
-    def _foreach(self, pending: Pending, operation: Operation, args: Any, result: Any) -> None:
+    def _foreach(
+        self, pending: Pending, operation: Operation, args: Any, kwargs: Any, result: Any
+    ) -> None:
         lists = [arg for arg in args if isinstance(arg, list | tuple)]
         if not lists:
             return
         made = result if isinstance(result, list | tuple) else ()
         for position, first in enumerate(lists[0]):
             parameters = gradients = _NOTHING
+            steps: list[Tensor] = []
             for members in lists:
                 tensor = members[position] if position < len(members) else None
                 tag = self._tags.get(id(tensor))
                 if tag is not None and tag[0]() is tensor:
                     parameters, gradients = parameters | tag[1], gradients | tag[2]
+                    steps += [tensor] * bool(tag[2])  # type: ignore[list-item]
+            new = first if operation.in_place or position >= len(made) else made[position]
+            both = parameters & gradients
+            note_standstill(pending, both, new, operation, steps, (*args, *kwargs.values()))
             if operation.in_place and isinstance(first, Tensor):
                 self._written(pending, first, operation, parameters, gradients)
             elif position < len(made) and isinstance(made[position], Tensor):

@@ -127,7 +127,8 @@ class KnownLoops:
         pending.inputs = list(task.inputs)  # type: ignore[arg-type]
         pending.before = values  # type: ignore[assignment]
         pending.gradients = slopes
-        pending.flags = FLAGS["second_order"] if any_carries_graph(gradients) else 0
+        second_order = any_carries_graph(gradients)
+        pending.flags = (FLAGS["second_order"] if second_order else 0) | learned.flags
         pending.loss_of = ref(loss) if loss is not None else None
         pending.loss = self._forwards_of(pending, loss, inputs)
         window = Window(pending.site, made_by(inputs), before, after)

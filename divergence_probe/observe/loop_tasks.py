@@ -22,6 +22,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, is_empty, is_whole, spread
+from divergence_probe.observe.standstill import settle_standstill
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
     address_of,
@@ -67,6 +68,7 @@ class LoopTasks:
     def step(self, pending: Pending, update: Update) -> None:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
         thread = self._thread
+        settle_standstill(pending, update.values)
         if outer_steps.is_one(pending, update):
             self._outer(pending, update)
             return
@@ -230,6 +232,10 @@ class LoopTasks:
         task.forwards.extend(self._used_by(task))
         self._session.finish_task(task)
 
+    def outer_step(self) -> None:
+        """An optimizer moved a base: its copies that were adapted before it were inner loops."""
+        self._in_place.outer_step()
+
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""
         forwards = self._session.loose.forwards
@@ -253,7 +259,8 @@ class LoopTasks:
             spread(pending.gradients, positions, width),
             learning_rate=None,
             site=pending.site,
-            flags=FLAGS["incomplete"] if is_empty(pending.gradients) else 0,
+            flags=(pending.flags & (FLAGS["rounded"] | FLAGS["zero"]))
+            | (FLAGS["incomplete"] if is_empty(pending.gradients) else 0),
             optimizer="",
         )
 
@@ -347,7 +354,9 @@ class LoopTasks:
             return  # (what a transform wrapped for the call is gone, and its point with it)
         if not isinstance(loss, float):
             return  # it would be waited for, or is that of several tasks
-        key = (pending.site, tuple(map(id, inputs)), loss)
+        # An optimizer that was handed this gradient counts its write, also where nothing moved.
+        versions = [tensor._version for tensor in inputs if tensor is not None]
+        key = (pending.site, tuple(map(id, inputs)), *versions, loss)
         thread.repeated = thread.repeated + 1 if key == thread.unused else 1
         thread.unused = key
         if thread.repeated == _REPETITIONS:

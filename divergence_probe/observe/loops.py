@@ -178,7 +178,7 @@ class Loops:
             gradients=slopes,
             forwards=forwards,
             learned=learned,
-            flags=FLAGS["second_order"] if any_carries_graph(made) else 0,
+            flags=(FLAGS["second_order"] if any_carries_graph(made) else 0) | learned.flags,
             width=width,
         )
         pending.set_loss(loss)

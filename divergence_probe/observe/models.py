@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from divergence_probe.observe.tensors import are, is_fresh
-from divergence_probe.record.schema import Layout, ParameterInfo
+from divergence_probe.record.schema import CONTAINERS, Layout, ParameterInfo
 
 #: Wrappers that prefix every name without being part of the user's model.
 _WRAPPERS = frozenset(
@@ -345,7 +345,10 @@ class Models:
         candidates = [m for m in self._modules() if _owns(m, wanted)]
         if not candidates:
             return None
-        return self.register(min(candidates, key=lambda m: len(list(m.parameters()))))
+        # A list of parameters is part of a model: whose it is says more than its bare numbers.
+        return self.register(
+            min(candidates, key=lambda m: (_is_container(m), len(list(m.parameters()))))
+        )
 
     def _modules(self) -> list[nn.Module]:
         """Every module alive that is the user's own, from one pass over all objects."""
@@ -368,7 +371,7 @@ class Models:
         shapes = {tensor.shape for tensor in tensors}
         candidates = sorted(
             (m for m in self._modules() if shapes <= {p.shape for p in _parameters(m)}),
-            key=lambda m: len(_parameters(m)),
+            key=lambda m: (_is_container(m), len(_parameters(m))),
         )
         # (all of them: copies of one model are equal, and any may be the one that is meant)
         registered = [self.register(module) for module in candidates[:_MATCHES_TRIED]]
@@ -440,6 +443,10 @@ def _equals(known: KnownModel, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _parameters(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if isinstance(p, Tensor)]
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module).__name__ in CONTAINERS
 
 
 def _owns(module: nn.Module, wanted: set[int]) -> bool:

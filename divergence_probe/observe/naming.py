@@ -55,6 +55,30 @@ class LayerNames:
     def __init__(self, models: Models) -> None:
         self._models = models
         self._unnamed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._by_statistics: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    def of_statistics(self, running_mean: Tensor | None) -> str | None:
+        """The name of the layer that normalises with a running mean, or with what it copies.
+
+        (Where one module runs all layers of a net written by hand, its weights tell them apart; an
+        adapted weight that is gone, or one of a copy, no longer does.)
+        """
+        if running_mean is None:
+            return None
+        for tensor in (running_mean, self._models.origin_of(running_mean)):
+            entry = self._by_statistics.get(id(tensor)) if tensor is not None else None
+            if entry is not None and entry[0]() is tensor:
+                return entry[1]
+        return None
+
+    def _note_statistics(self, call: NormalizationCall, name: str) -> None:
+        running_mean = call.statistics() if call.statistics is not None else None
+        if running_mean is not None:
+            key = id(running_mean)
+            self._by_statistics[key] = (
+                weakref.ref(running_mean, lambda _: self._by_statistics.pop(key, None)),
+                name,
+            )
 
     def give(self, forwards: Forwards, known: KnownModel, task: Task | None) -> None:
         """Give every call its layer name while its module is still alive."""
@@ -70,11 +94,16 @@ class LayerNames:
             module = call.module() if call.module is not None else None
             name = None
             if module is not None:
-                name = known.name_of(module) or self._models.copied_name(module)
+                # (The model itself has no name in it: what it calls its weights tell apart.)
+                name = known.name_of(module) or self._models.copied_name(module) or None
                 if name is None and task is not None and task.module_names is not None:
-                    name = task.module_names.get(id(module))
+                    name = task.module_names.get(id(module)) or None
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
                 name = self._name_by_weight(call, known, task)
+                if name is not None and call.known_as is None:
+                    self._note_statistics(call, name)
+            if name is None and isinstance(call, NormalizationCall):
+                name = call.known_as
             if name is None and module is not None:
                 name = self._unnamed.get(module) or self._name_elsewhere(module, known)
             if name is None and module is not None:
@@ -108,5 +137,4 @@ class LayerNames:
                     position = index
         if position is None:
             return None
-        name = known.layout.parameters[position].name
-        return name.rpartition(".")[0] or name
+        return known.layout.parameters[position].layer

@@ -102,6 +102,8 @@ class Nesting:
             return []  # phases of one training, each with an optimizer of its own
         runs = [task.steps for task in tasks[-1 - _EQUAL_RUNS : -1]]
         if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN:
+            for task in tasks[-1 - _EQUAL_RUNS :]:
+                task.data["moved_on"] = True  # nothing starts over: what else goes on may, too
             return tasks[-1 - _EQUAL_RUNS :]
         return []
 

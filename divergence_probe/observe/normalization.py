@@ -110,6 +110,8 @@ def _note(
             batches=_counter(module),
             shared=running_mean is not None and session.models.is_base_buffer(running_mean),
             buffers=id(running_mean) if running_mean is not None else 0,
+            statistics=weakref.ref(running_mean) if running_mean is not None else None,
+            known_as=session.layer_names.of_statistics(running_mean),
             name=name,
             order=next_order(),
             differentiable=session.guard.differentiable,

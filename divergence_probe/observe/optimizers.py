@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -33,7 +34,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, are_equal, is_empty, pair, snapshot, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import identities, was_left_alone
+from divergence_probe.observe.tensors import identities, waits_for_nothing, was_left_alone
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -256,14 +257,15 @@ class Optimizers:
             self._session.runs_base_weights(bases, waiting.site)
 
     def _consumed(self, parameters: list[Tensor]) -> Pending | None:
-        """The pending backward this optimizer acts on, if it is its own."""
+        """The pending gradient this optimizer acts on, if it is its own."""
         pending = self._loops.pending
-        if pending is None or pending.function != "backward":
+        if pending is None or not (pending.function == "backward" or _was_handed(pending)):
             return None
         inputs = identities(pending.inputs)
         if inputs and inputs.isdisjoint(map(id, parameters)):
             return None
-        pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
+        if pending.function == "backward":  # (a line that hands out gradients may serve others)
+            pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
         return self._loops.take_pending()
 
     def claim(self, tensors: Iterable[Tensor]) -> Pending | None:
@@ -297,6 +299,7 @@ class Optimizers:
                 if task.known is step.known and task.adapter == "backward":
                     self._session.confirm(task)  # what moved this base by hand were inner loops
             self._loops.tasks.end_task()
+            self._loops.tasks.outer_step()
             self._nesting.outer_step()
             self._moved.add(step.known)
             self._session.bases.difference_update(self._session.models.note_moved(step.parameters))
@@ -488,6 +491,20 @@ class Optimizers:
         for task in list(self._tasks.values()):
             if not task.ended:
                 self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+
+
+def _was_handed(pending: Pending) -> bool:
+    """Whether the gradients of a ``grad()`` were made its parameters' ``.grad``, as they are."""
+    handed = False
+    for reference, gradient in zip(pending.inputs, pending.gradients, strict=True):
+        parameter = reference()
+        own = parameter.grad if parameter is not None and parameter.is_leaf else None
+        if gradient is None or own is None or pending.function != "grad":
+            return False
+        if not waits_for_nothing(own) or not torch.equal(own, gradient):
+            return False
+        handed = True
+    return handed
 
 
 def _adapts(task: Task, parameters: Sequence[Tensor]) -> bool:

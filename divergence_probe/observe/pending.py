@@ -41,6 +41,7 @@ class Learned:
         counts: how often what an update made was written to in place before the next gradient.
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
+        flags: ``schema.FLAGS`` that hold of every step here.
     """
 
     candidates: list[int] | None = None
@@ -54,6 +55,7 @@ class Learned:
     counts: list[int | None] = field(default_factory=list)
     script: Script | None = None
     scripts: int = 0
+    flags: int = 0
 
     @property
     def is_known_by_heart(self) -> bool:

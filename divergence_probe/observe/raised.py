@@ -80,6 +80,7 @@ class Raised:
         layer: name of the innermost known module it was raised in, or None.
         module: that module's class, or ``""``.
         unused: parameters that ``autograd.grad`` found without a path from the loss.
+        none_used: whether those are all it was asked for.
     """
 
     place: Place = "outside"
@@ -89,6 +90,7 @@ class Raised:
     layer: str | None = None
     module: str = ""
     unused: tuple[str, ...] = field(default=())
+    none_used: bool = False
 
     def number(self, session: Session) -> int:
         """The number of its site among the run's; -1 without one."""
@@ -128,6 +130,8 @@ def examine(
             place = "inside"
             if frame.f_code.co_name == "grad":
                 raised.unused, raised.layer = _unused(frame.f_locals, session)
+                asked = [t for t in tree_leaves(frame.f_locals.get("inputs")) if t is not None]
+                raised.none_used = 0 < len(asked) == len(raised.unused)
         elif begun and _is_backward(frame):
             place = _nearer(place, "near")  # the query's, most likely
         module = frame.f_locals.get("self")

@@ -64,6 +64,8 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
     with_gradient = [shape is not None for shape in shapes_of(pending.gradients)]
     for index in range(len(pending.inputs)):
         choice = _choose(pending, index, following, continues)
+        if not choice.certain:
+            choice = _as_the_others(pending, index, following, continues) or choice
         certain &= choice.certain
         right.append(choice.position)
         found |= choice.value is not None and with_gradient[index]
@@ -198,6 +200,27 @@ def _choose(pending: Pending, index: int, following: Sequence[Tensor], continues
         tensor = pending.inputs[index]()
         return _Choice(-1, tensor, pending.before[index])
     return _Choice(-1, None, None)
+
+
+def _as_the_others(
+    pending: Pending, index: int, following: Sequence[Tensor], continues: bool
+) -> _Choice | None:
+    """What is most likely where nothing decides: what is right for all that something decides.
+
+    (A parameter that is no layer's weight, a policy's deviation, say, goes on through operations
+    that keep its shape: the last of its candidates is what became of it, not the update.)
+    """
+    candidates = pending.candidates[index]
+    others = {
+        choice.position
+        for other in range(len(pending.inputs))
+        if len(pending.candidates[other]) > 0
+        and (choice := _choose(pending, other, following, continues)).certain
+    }
+    position = others.pop() if len(others) == 1 else -1
+    if not 0 <= position < len(candidates):
+        return None
+    return _Choice(position, candidates[position].tensor(), candidates[position].value, False)
 
 
 def _continues(pending: Pending, following: Sequence[Tensor], models: Models) -> bool:

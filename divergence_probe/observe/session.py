@@ -92,7 +92,8 @@ class Session:
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
-        self.name_forwards = LayerNames(self.models).give
+        self.layer_names = LayerNames(self.models)
+        self.name_forwards = self.layer_names.give
         self._last_rows: dict[int, Row] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._sink = sink

@@ -77,7 +77,9 @@ BATCH_NORM_COLUMNS: dict[str, str] = {
 
 #: Meanings of the bits in ``flags``: the gradient carried a graph; which tensor was the updated one
 #: is a guess; the weights after the step were not seen; a clip changed the gradient; several
-#: backwards led to one step; a clip was applied, active or not; the update was thrown away.
+#: backwards led to one step; a clip was applied, active or not; the update was thrown away; an
+#: update was seen, was not zero, and changed no weight; an update was seen and was exactly zero; a
+#: matrix or a net stood between gradient and update.
 FLAGS = {
     "second_order": 1,
     "uncertain": 2,
@@ -86,7 +88,13 @@ FLAGS = {
     "accumulated": 32,
     "clippable": 128,
     "discarded": 256,
+    "rounded": 512,
+    "zero": 1024,
+    "transformed": 2048,
 }
+
+#: Modules that hold parameters without being a layer.
+CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -109,6 +117,13 @@ class ParameterInfo:
     dtype: str
     device: str
     kind: str = ""
+
+    @property
+    def layer(self) -> str:
+        """Dotted name of the module it belongs to; its own name where a mere list holds it."""
+        if self.kind in CONTAINERS:
+            return self.name
+        return self.name.rpartition(".")[0] or self.name
 
 
 @dataclass
@@ -133,7 +148,7 @@ class Layout:
         """A layer's name for a sentence: ``layer 1 (BatchNorm2d)`` where it is but a number."""
         if not layer.replace(".", "").isdigit():
             return layer
-        owned = (p.kind for p in self.parameters if p.name.rpartition(".")[0] == layer and p.kind)
+        owned = (p.kind for p in self.parameters if p.layer == layer and p.kind)
         kind = next(owned, "")
         return f"layer {layer} ({kind})" if kind else f"layer {layer}"
 

@@ -169,8 +169,7 @@ class Frame:
 
     def layer(self, column: int) -> str:
         """Dotted name of the module a parameter belongs to."""
-        name = self.parameter(column)
-        return name.rpartition(".")[0] or name
+        return self.block.layout.parameters[column].layer
 
     def called(self, layers: Sequence[str]) -> str:
         """Layers in a sentence: the first one's name, and how many more."""

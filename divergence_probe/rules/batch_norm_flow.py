@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -114,10 +115,16 @@ class RunningStatisticsLeak(Rule):
         previous = self._moved.get((layout, layer))
         if previous is not None and previous[0] != task:
             if previous[1] != start and not self._carried.get((layout, task), False):
-                yield previous[2]
+                yield self._said_of(frame, task, previous[2])
             previous = None
         if previous is None and start != end:
             self._moved[layout, layer] = (task, start, self._describe(frame, row, column))
+
+    def _said_of(self, frame: Frame, task: int, finding: Finding) -> Finding:
+        """A remark where the weights do not start over either, but are moved on (Reptile)."""
+        facts = frame.tasks.get(task)
+        moved_on = facts is not None and facts.data.get("moved_on")
+        return replace(finding, severity=Severity.INFO) if moved_on else finding
 
     def _describe(self, frame: Frame, row: int, column: int) -> Finding:
         drift = float(frame.block.batch_norm["bn_drift"][row, column])

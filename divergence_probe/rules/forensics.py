@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,8 @@ _SPACING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 # so does one on weights a decade larger than when the task began (the bound of norm-growth).
 _EXPLODED = 1e15
 _GROWN = 10.0
+# A base that a few outer steps in a row leave as it is does not just happen to stand still.
+_OUTER_STEPS = 3
 
 
 class _Forensic(Rule):
@@ -46,7 +49,10 @@ class _Forensic(Rule):
         raise NotImplementedError
 
     def _describe(self, frame: Frame, event: Event) -> Finding:
+        spoken = frame.block.layout.spoken
         data = event.data
+        told = {**data, "layer": data["layer"] and spoken(data["layer"])}
+        told["layers"] = [spoken(layer) for layer in data["layers"]]
         fix = self.fixes.get(data["operation"], self.fixes.get("", ""))
         evidence: dict[str, float | str] = {
             "operation": data["operation"],
@@ -61,7 +67,7 @@ class _Forensic(Rule):
         if not data["certain"]:
             evidence["seen"] = "inferred from the graph's shape, its numbers were freed already"
         return self.finding(
-            self.message(data),
+            self.message(told),
             rank=frame.block.rank,
             layer=data["layer"],
             layers=tuple(data["layers"]),
@@ -353,13 +359,25 @@ class LowPrecision(_Forensic):
         return f"{data['operation']}{_in(data)} overflows {dtype} ({_range(data)}; {_LOW[dtype]})"
 
 
+@dataclass
+class _StillBase:
+    """A base that no outer step has moved so far."""
+
+    steps: int = 0
+    moved: bool = False
+    finding: Finding | None = None
+
+
 class BelowOneUlp(Rule):
-    """Half-precision updates are smaller than the spacing of the weights: nothing moves.
+    """Updates are smaller than the spacing of the weights: nothing moves.
 
     ## What it does
     Looks at float16 and bfloat16 weights for tasks in which most of every step is lost: updates
     that are exactly zero although there are gradients, or that go less than half as far down the
     gradient as the learning rate says because that is below half the spacing of the weights.
+
+    Outer steps count where not one of a whole run moved a weight, in any precision: meta-training
+    then does nothing. (Inner steps in float32 that are rounded away are LR002's.)
 
     ## Why it is bad
     bfloat16 keeps 8 bits: a weight of 0.5 moves in steps of 0.004. A smaller update is rounded
@@ -388,10 +406,12 @@ class BelowOneUlp(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._moving: set[tuple[int, int]] = set()
+        self._outer: dict[tuple[int, int], _StillBase] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task of whose every step most is lost, at its first."""
         block = frame.block
+        self._note_outer(frame)
         spacing = np.asarray([_SPACING.get(p.dtype, 0.0) for p in block.layout.parameters])
         if not spacing.any() or not len(block):
             return
@@ -405,7 +425,8 @@ class BelowOneUlp(Rule):
         square = np.where(present, gradient, 0.0) ** 2
         with np.errstate(all="ignore"):
             share = np.where(lost, square, 0.0).sum(1) / square.sum(1)
-        hit = frame.support & present.any(1) & (share > 0.5)
+        idle = (block.scalars["learning_rate"] == 0) | frame.flagged("zero")  # a warm-up, say
+        hit = frame.support & present.any(1) & (share > 0.5) & ~idle
         # Close to a minimum updates are small by right: a task that has moved is left alone.
         rank = block.rank
         moving = np.flatnonzero(frame.by_task.any(frame.support & ~hit)).tolist()
@@ -433,6 +454,49 @@ class BelowOneUlp(Rule):
                 fix="net = net.float()   # keep weights in float32, autocast the forward",
             )
         self._moving -= {(rank, task) for task in block.ended}
+
+    def finish(self) -> Iterator[Finding]:
+        """One finding for a base that no outer step has moved."""
+        for base in self._outer.values():
+            if not base.moved and base.steps >= _OUTER_STEPS and base.finding is not None:
+                yield base.finding
+
+    def _note_outer(self, frame: Frame) -> None:
+        """Note whether the outer steps of a frame moved their base."""
+        block = frame.block
+        gradient, update = block.parameters["gradient_norm"], block.parameters["update_norm"]
+        rate = block.scalars["learning_rate"]
+        taken = np.where(np.isfinite(rate), rate > 0, frame.flagged("rounded"))
+        due = (gradient > 0) & np.isfinite(gradient) & (update != MISSING)
+        for row in np.flatnonzero(frame.outer).tolist():
+            base = self._outer.setdefault((block.rank, block.layout.index), _StillBase())
+            base.moved |= bool((update[row] != 0)[update[row] != MISSING].any())
+            if base.moved or not taken[row] or not due[row].any():
+                continue
+            base.steps += 1
+            if base.finding is None:
+                base.finding = self._still_base(frame, row)
+
+    def _still_base(self, frame: Frame, row: int) -> Finding:
+        """What is said of a base from its first outer step on."""
+        parameters, rate = frame.block.parameters, float(frame.block.scalars["learning_rate"][row])
+        column = int(np.argmax(parameters["gradient_norm"][row]))
+        dtype = frame.block.layout.parameters[column].dtype
+        step = f" and a rate of {rate:.3g}" if math.isfinite(rate) else ""
+        fix = "Raise the outer learning rate"
+        return self.at(
+            frame,
+            row,
+            "no outer step moves a weight, with a gradient of "
+            f"{parameters['gradient_norm'][row, column]:.3g} of {frame.parameter(column)}{step}: "
+            f"updates are below half a unit in the last place of {dtype}",
+            "the update is rounded away",
+            layer=frame.layer(column),
+            evidence={"dtype": dtype},
+            fix=f"net = net.float()   # keep weights in float32\n# or: {fix.lower()}"
+            if dtype in _SPACING
+            else f"{fix}.",
+        )
 
     def _rounded(self, frame: Frame, present: Flags, spacing: Array) -> Flags:
         """``[S, P]`` updates that went less than half as far as the step's rate says.

@@ -20,7 +20,8 @@ class OptimizerStateCarriedOver(Rule):
     ## What it does
     Looks at the inner optimizer's state when a task begins: a step count or a moment buffer that is
     there already belongs to another task. Where the program itself put it there, with
-    `load_state_dict`, this is a remark: Reptile is often written so.
+    `load_state_dict`, or where the weights are not reset either but moved on (Reptile, Lookahead),
+    this is a remark: it may be meant.
 
     ## Why it is bad
     The first steps of a task go where the task before was heading. Weights are reset between tasks,
@@ -57,9 +58,11 @@ class OptimizerStateCarriedOver(Rule):
             since = f" after {steps:.0f} steps" if steps else ""
             loaded = bool(event.data.get("loaded_state"))
             whence = "were loaded into it" if loaded else "come from another task"
+            if event.data.get("moved_on"):
+                whence += ", as do the weights (moved in between, not reset)"
             yield self.finding(
                 f"task {event.task} begins with a used {name}{since}: its moments {whence}",
-                severity=Severity.INFO if loaded else self.severity,
+                severity=Severity.INFO if loaded or event.data.get("moved_on") else self.severity,
                 task=event.task,
                 step=0,
                 phase="support",
@@ -74,7 +77,7 @@ class OptimizerStateCarriedOver(Rule):
         """Hand-written momentum: a first step that goes on along the task before's last one."""
         velocity = frame.block.scalars["carried_velocity"]
         with np.errstate(invalid="ignore"):
-            hit = frame.begins & (velocity > _PARALLEL)
+            hit = frame.begins & (velocity > _PARALLEL) & ~frame.flagged("transformed")
         for row in frame.first_rows(hit):
             yield self.at(
                 frame,

@@ -14,6 +14,14 @@ from divergence_probe.rules.raised_explanations import RAISED, explain
 _NON_FINITE = re.compile(r"\bnan\b|\binfs?\b|infinit|non-?finite|diverge", re.I)
 
 
+#: The gradient was asked for tensors of which none is in the loss.
+_NONE_USED = (
+    "The inner gradient was asked for parameters of which the support loss depends on none: it was "
+    "computed before they were made, or with others.",
+    "loss = loss_fn(model(x, fast), y)   # in every inner step, with the weights of that step",
+)
+
+
 class RaisedInInnerLoop(Rule):
     """An exception was raised inside an inner loop.
 
@@ -71,8 +79,11 @@ class RaisedInInnerLoop(Rule):
         text = f"{kind} was raised in the inner loop: {said}"
         if known is not None:
             text = known.meaning
+        fix = known.fix if known is not None else ""
         if names:
             text += f" Without a gradient: {_listed(names)}."
+        if data.get("none_used"):
+            text, fix = _NONE_USED
         return self.finding(
             text,
             cause=cause,
@@ -83,7 +94,7 @@ class RaisedInInnerLoop(Rule):
             step=int(data.get("at_step", 0)),
             rank=frame.block.rank,
             evidence={"exception": kind, "message": said},
-            fix=known.fix if known is not None else "",
+            fix=fix,
             marks=(Mark(event.site, f"{kind}: {said}"),) if event.site else (),
         )
 

@@ -18,6 +18,10 @@ from divergence_probe.rules.quantities import (
 )
 from divergence_probe.thresholds import Thresholds
 
+# Half the spacing of numbers, as a part of them: what of an update may be lost.
+_SPACING = {"float32": 2.0**-24, "float64": 2.0**-53}
+#: Inner optimizers whose update is rate x gradient.
+_PLAIN = ("SGD", "MAML", "DifferentiableSGD", "MetaSGD")
 _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 
@@ -26,7 +30,8 @@ class IneffectiveStep(Rule):
 
     ## What it does
     Reports a task in which every layer moved by less than a hundred-thousandth of its norm in
-    every step while the gradient was not small: following it would have lowered the loss.
+    every step while the gradient was not small: following it would have lowered the loss. An update
+    below half the spacing of the numbers is rounded away: then not one weight moves.
 
     ## Why it is bad
     The query is answered by the base model; there is no inner loop in effect.
@@ -61,7 +66,8 @@ class IneffectiveStep(Rule):
             relative = update / np.fmax(before, scale)
             relative = np.where(moved & np.isfinite(relative), relative, -1.0)
         largest = relative.max(axis=1, initial=-1)
-        hit = frame.support & (largest > 0) & (largest < self.thresholds["ineffective-update"])
+        tiny = (largest > 0) & (largest < self.thresholds["ineffective-update"])
+        hit = frame.support & (tiny | (_rounded(frame, moved) & (largest == 0)))
         if not hit.any():
             return
         with np.errstate(all="ignore"):
@@ -70,6 +76,9 @@ class IneffectiveStep(Rule):
             lever = lever / np.abs(frame.block.scalars["loss"])
         hit &= lever > self.thresholds["effective-gradient"]
         for row in frame.first_rows(hit & ~frame.of_tasks(frame.support & ~hit)):
+            if largest[row] == 0:
+                yield self._rounded_away(frame, row, float(lever[row]))
+                continue
             yield self.at(
                 frame,
                 row,
@@ -83,6 +92,33 @@ class IneffectiveStep(Rule):
                 fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
             )
 
+    def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
+        """Not one weight moved: which is the closest to it, and what would move it."""
+        before, gradient = known(frame, "norm_before")[row], known(frame, "gradient_norm")[row]
+        with np.errstate(all="ignore"):
+            reach = np.where(before > 0, gradient / before, -1.0)
+        column = int(np.argmax(np.nan_to_num(reach, nan=-1.0)))
+        weight, slope = float(before[column]), float(gradient[column])
+        dtype = frame.block.layout.parameters[column].dtype
+        spacing = _SPACING.get(dtype, 2.0**-24) * weight
+        rate = float(frame.block.scalars["learning_rate"][row])
+        step = f"|g| {slope:.3g}"
+        if math.isfinite(rate):
+            step = f"rate × |g| is {rate:.3g} × {slope:.3g}"
+        fix = "Raise the inner learning rate"
+        if str(frame.tasks[int(frame.task[row])].data.get("optimizer") or "SGD") in _PLAIN:
+            would = f"{1e-3 * weight / slope:.1g} would move {frame.parameter(column)}"
+            fix = f"{fix}: {would} by 0.1 % a step"
+        return self.at(
+            frame,
+            row,
+            f"no weight moves: every update is rounded away ({frame.parameter(column)}: {step}, "
+            f"and what {dtype} loses of numbers of norm {weight:.3g} is up to {spacing:.1g})",
+            "the update is rounded away",
+            evidence={"largest_relative_update": 0.0, "lever": lever, "lost_below": spacing},
+            fix=f"{fix}.",
+        )
+
 
 class NegativeLearningRate(Rule):
     """A learned inner learning rate has become negative: the inner loop climbs.
@@ -90,6 +126,7 @@ class NegativeLearningRate(Rule):
     ## What it does
     Compares each update with its gradient. Where a parameter's update points up its own gradient
     (or the recorded learning rate is negative) and the support loss rises, the rate is negative.
+    A remark where what climbs is no weight of a base (an input under attack, say): it may be meant.
 
     ## Why it is bad
     The inner loop un-learns the support set. The outer loss may still fall for a while, by using
@@ -118,9 +155,13 @@ class NegativeLearningRate(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._climbing: dict[tuple[int, int], tuple[float, Finding]] = {}
+        # of tensors without a name: those known to be a base, and where the last task began
+        self._bases: set[tuple[int, int]] = set()
+        self._starts: dict[tuple[int, int], Array] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """A task is reported once its loss has risen over a step with a negative rate."""
+        self._note_base(frame)
         rates = frame.block.parameters["step_rate"]
         negative = self._negative(frame)
         told = negative.copy()
@@ -145,21 +186,55 @@ class NegativeLearningRate(Rule):
         # By hand the rate must be read off the update. Momentum also climbs at times, but never
         # straight up the gradient, and never in a task's first step.
         by_hand = (frame.step == 0) | (collinearity(frame) > 0.999)
+        by_hand &= ~frame.flagged("transformed")  # no rate is to be read off what a net made of it
         return np.asarray(up & np.where(np.isfinite(rate), rate < 0, by_hand))
 
     def _describe(self, frame: Frame, row: int, rates: Array) -> Finding:
         column = int(np.nanargmin(rates)) if np.isfinite(rates).any() else 0
         rate = float(frame.block.scalars["learning_rate"][row])
         rate = rate if math.isfinite(rate) else float(rates[column])
+        learned = self._is_learned(frame, row)
         return self.at(
             frame,
             row,
-            f"the inner learning rate is negative ({rate:.3g}) and the support loss rises",
-            f"learning rate {rate:.3g}",
+            f"the inner learning rate is negative ({rate:.3g}) and the support loss rises"
+            if learned
+            else "the step goes up its own gradient and the support loss rises",
+            f"learning rate {rate:.3g}" if learned else "climbs",
+            severity=self.severity if learned else Severity.INFO,
             layer=frame.layer(column),
             evidence={"learning_rate": rate},
-            fix="lr = F.softplus(raw_lr)   # a learned rate that cannot change sign",
+            fix="lr = F.softplus(raw_lr)   # a learned rate that cannot change sign"
+            if learned
+            else "",
         )
+
+    def _is_learned(self, frame: Frame, row: int) -> bool:
+        """Whether a rate may be one that was learned: there is a base it would be learned with.
+
+        A tensor no model owns, which begins anew in each task and which no outer step moves, is no
+        weight: an input that is attacked, say, and to climb is what that is for.
+        """
+        if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
+            return True
+        names = (info.name for info in frame.block.layout.parameters)
+        own = not all(name.startswith("param[") for name in names)
+        return own or (frame.block.rank, frame.block.layout.index) in self._bases
+
+    def _note_base(self, frame: Frame) -> None:
+        """Note whether outer steps move a frame's tensors, or task after task begins with them."""
+        layout = (frame.block.rank, frame.block.layout.index)
+        if layout in self._bases:
+            return
+        starts = known(frame, "norm_before")[frame.begins]
+        if layout in self._starts:
+            starts = np.concatenate([self._starts[layout][None], starts])
+        again = (starts[1:] == starts[:-1]) & (starts[1:] > 0)
+        if frame.outer.any() or again.all(1).any():
+            self._bases.add(layout)
+            self._starts.pop(layout, None)
+        elif len(starts):
+            self._starts[layout] = starts[-1].copy()
 
 
 class NoParameterChange(Rule):
@@ -167,7 +242,8 @@ class NoParameterChange(Rule):
 
     ## What it does
     Reports inner steps whose parameters come out exactly as they went in, with a non-zero gradient
-    and a learning rate that is not declared zero.
+    and a learning rate that is not zero. An update that was made and is lost in the rounding of the
+    weights is another matter: LR002, and FX006 in half precision.
 
     ## Why it is bad
     The loop does not adapt. The losses of its steps are exactly equal.
@@ -192,8 +268,13 @@ class NoParameterChange(Rule):
     severity = Severity.ERROR
     cause = "no-parameter-change"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._moving: set[tuple[int, int]] = set()
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task with unchanged parameters, at the first such step."""
+        thrown = frame.flagged("discarded")
         for row in frame.first_rows(self._still(frame)):
             gradient = float(whole(frame, "gradient_norm")[row])
             yield self.at(
@@ -201,9 +282,14 @@ class NoParameterChange(Rule):
                 row,
                 f"the parameters after step {int(frame.step[row])} are exactly those before it, "
                 f"with a gradient of norm {gradient:.3g}",
-                "the update is thrown away",
+                "the update is thrown away" if thrown[row] else "no weight moves",
                 evidence={"gradient_norm": gradient},
-                fix="fast = [w - lr * g for w, g in zip(fast, grads)]   # rebind the fast weights",
+                fix="fast = [w - lr * g for w, g in zip(fast, grads)]   # rebind the fast weights"
+                + (
+                    ""
+                    if thrown[row]
+                    else "\n# or the rate is so small that the update is rounded away"
+                ),
             )
         yield from self._repeated(frame)
 
@@ -213,6 +299,7 @@ class NoParameterChange(Rule):
         # An update that was not seen (nan) says nothing, so it does not count as still.
         moved = ~np.isnan(gradient) & (known(frame, "update_norm") != 0)
         still = np.asarray(frame.support & ~moved.any(1))
+        still &= ~frame.flagged("rounded", "zero") & self._steady(frame, still)
         if not still.any():
             return still
         rate = frame.block.scalars["learning_rate"]
@@ -221,6 +308,22 @@ class NoParameterChange(Rule):
             due = step[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12)
         due &= ~_half(frame)
         return np.asarray(still & due.any(1))
+
+    def _steady(self, frame: Frame, still: Flags) -> Flags:
+        """``[S]`` steps that no change of a rate by hand explains: to (nearly) zero, later on.
+
+        Where an update was made, and not seen to be zero or rounded away, only a line that never
+        moved a weight is known to throw its updates away.
+        """
+        rate, site = frame.block.scalars["learning_rate"], frame.block.scalars["site"]
+        by_hand = ~np.isfinite(rate) & ~frame.flagged("discarded")
+        moved_before = np.zeros(len(rate), dtype=bool)
+        for place in np.unique(site[frame.support]).tolist():
+            key, here = (frame.block.rank, int(place)), frame.support & (site == place)
+            moved_before |= here & ((key in self._moving) | np.logical_or.accumulate(here & ~still))
+            if (here & ~still).any():
+                self._moving.add(key)
+        return np.asarray(~(by_hand & moved_before))
 
     def _repeated(self, frame: Frame) -> Iterator[Finding]:
         for event in frame.events("repeated-gradient"):
@@ -232,6 +335,20 @@ class NoParameterChange(Rule):
                 evidence={"times": float(event.data.get("times", 0))},
                 fix="Give the optimizer the parameters the loss is computed with.",
             )
+
+
+def _rounded(frame: Frame, moved: Flags) -> Flags:
+    """``[S]`` steps whose update was made, was not zero, and changed no weight.
+
+    Of steps by hand the recording says so. An optimizer's step is one unless it was large enough to
+    show in one of its parameters (``moved``: ``[S, P]``), which is another fault.
+    """
+    rate = frame.block.scalars["learning_rate"]
+    before, gradient = known(frame, "norm_before"), known(frame, "gradient_norm")
+    with np.errstate(all="ignore"):
+        due = moved & (rate[:, None] * gradient > _RESOLUTION * np.fmax(before, 1e-12))
+    taken = np.isfinite(rate) & (rate > 0) & moved.any(1) & ~due.any(1)
+    return np.asarray(frame.flagged("rounded") | taken)
 
 
 def _half(frame: Frame) -> Flags:

@@ -440,3 +440,208 @@ def test_a_base_moved_by_hand_with_the_copies_gradients_is_not_the_inner_loops_d
 
     assert probe.diagnosis.summary.tasks == 4
     assert "BASE001" not in codes(probe) and probe.failure is None
+
+
+class Listed(nn.Module):
+    """As in dragen1860/MAML-Pytorch: all weights and statistics in lists, one forward for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vars = nn.ParameterList()
+        self.vars_bn = nn.ParameterList()
+        for shape in ((6, 4), (6, 6)):
+            self.vars.extend([nn.Parameter(torch.randn(shape) / 2), nn.Parameter(torch.zeros(6))])
+            self.vars.extend([nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))])
+            for start in (torch.zeros(6), torch.ones(6)):
+                self.vars_bn.append(nn.Parameter(start, requires_grad=False))
+
+    def forward(self, x: Tensor, variables: list[Tensor] | None = None) -> Tensor:
+        w, statistics = variables or list(self.vars), list(self.vars_bn)
+        for layer in (0, 1):
+            x = F.linear(x, *w[4 * layer : 4 * layer + 2])
+            mean, variance = statistics[2 * layer : 2 * layer + 2]
+            x = F.batch_norm(x, mean, variance, *w[4 * layer + 2 : 4 * layer + 4], training=True)
+        return x
+
+    def parameters(self, recurse: bool = True) -> nn.ParameterList:  # type: ignore[override]
+        return self.vars
+
+
+def test_layers_of_weights_in_a_list_are_counted_once() -> None:
+    """Also those of a copy that is adapted and thrown away, whose last query nothing follows."""
+    torch.manual_seed(0)
+    net = Listed()
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def adapted(learner: Listed, x: Tensor, y: Tensor) -> Tensor:
+        fast = list(learner.parameters())
+        for _ in range(3):
+            grads = torch.autograd.grad(F.mse_loss(learner(x, fast), y), fast)
+            fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            with torch.no_grad():
+                learner(x, list(learner.parameters()))
+        return F.mse_loss(learner(x, fast), y)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(5):
+            outer.zero_grad()
+            adapted(net, torch.randn(16, 4), torch.randn(16, 6)).backward()
+            outer.step()
+            adapted(copy.deepcopy(net), torch.randn(16, 4), torch.randn(16, 6))
+
+    assert probe.diagnosis.summary.layers == 4
+    assert {row.layer for row in probe.diagnosis.batch_norm} == {"vars.2", "vars.6"}
+
+
+def test_gradients_handed_to_an_optimizer_belong_to_its_step() -> None:
+    """``p.grad = g`` of ``autograd.grad``: the loss is the step's, and no query's."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    x, y = batches()
+    with divergence_probe.attach() as probe:
+        for task in range(4):
+            learner = copy.deepcopy(net)
+            inner = torch.optim.SGD(learner.parameters(), RATE)
+            for _ in range(3):
+                loss = F.mse_loss(learner(x[task]), y[task])
+                grads = torch.autograd.grad(loss, list(learner.parameters()))
+                for parameter, gradient in zip(learner.parameters(), grads, strict=True):
+                    parameter.grad = gradient
+                inner.step()
+
+    steps = probe.recording.steps()
+    support = steps[steps["phase"] == "support"]
+    assert len(support["loss"].unique()) == 12 and support["loss"].notna().all()
+    assert probe.diagnosis.health.support_loss is not None
+    assert (steps["phase"] != "query").all()
+
+
+def test_a_helper_that_takes_gradients_for_both_loops() -> None:
+    """Its line hands gradients to the outer optimizer, and still serves inner steps by hand."""
+    base = weights()
+    outer = torch.optim.Adam(base, lr=1e-3)
+
+    def gradients(loss: Tensor, of: list[Tensor], graph: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, of, create_graph=graph)
+
+    with divergence_probe.attach() as probe:
+        for x, y in zip(*batches(6), strict=True):
+            fast = base
+            for _ in range(3):
+                grads = gradients(F.mse_loss(forward(x, fast), y), fast, True)
+                fast = [w - RATE * g for w, g in zip(fast, grads, strict=True)]
+            slopes = gradients(F.mse_loss(forward(x, fast), y), base, False)
+            for parameter, slope in zip(base, slopes, strict=True):
+                parameter.grad = slope
+            outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps, summary.outer_steps) == (6, 18, 6)
+
+
+def test_a_copy_stepped_by_hand_before_an_outer_step_comes_before_it() -> None:
+    """DARTS: the first copy is known for an inner loop's only by the outer step after it."""
+    net = nn.Linear(3, 2)
+    outer = torch.optim.SGD(net.parameters(), 0.1)
+    x, y = batches(5)
+    with divergence_probe.attach() as probe:
+        for task in range(5):
+            learner = copy.deepcopy(net)
+            loss = F.mse_loss(learner(x[task]), y[task])
+            grads = torch.autograd.grad(loss, list(learner.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(learner.parameters(), grads, strict=True):
+                    parameter -= RATE * gradient
+            outer.zero_grad()
+            F.mse_loss(net(x[task]), y[task]).backward()
+            outer.step()
+
+    assert "BASE001" not in codes(probe)
+    phases = probe.recording.steps().drop_duplicates("seconds")["phase"].tolist()
+    assert [phase for phase in phases if phase != "query"] == ["support", "outer"] * 5
+
+
+def test_updates_made_by_a_net_of_the_gradient() -> None:
+    """A learned optimizer: its layers are given gradients, and what they make is the update."""
+    torch.manual_seed(0)
+    maker = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    outer = torch.optim.Adam(maker.parameters(), lr=1e-3)
+    with divergence_probe.attach() as probe:
+        for _ in range(6):
+            target, point, total = torch.randn(10), torch.zeros(10, requires_grad=True), 0.0
+            for _ in range(5):
+                loss = (point - target).square().mean()
+                (gradient,) = torch.autograd.grad(loss, point, retain_graph=True)
+                point = point + 0.1 * maker(gradient.detach()[:, None]).squeeze(1)
+                total = total + loss
+            outer.zero_grad()
+            total.backward()  # type: ignore[attr-defined]
+            outer.step()
+
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (6, 30)
+    assert not {"LR003", "OPT001"} & codes(probe)
+
+
+def test_lookahead_resets_nothing_so_nothing_is_half_reset() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    slow = [parameter.detach().clone() for parameter in net.parameters()]
+    with divergence_probe.attach() as probe:
+        for step in range(40):
+            optimizer.zero_grad()
+            F.mse_loss(net(torch.randn(16, 3)), torch.randn(16, 2)).backward()
+            optimizer.step()
+            if step % 5 == 4:
+                with torch.no_grad():
+                    for kept, parameter in zip(slow, net.parameters(), strict=True):
+                        kept += 0.5 * (parameter - kept)
+                        parameter.copy_(kept)
+
+    assert probe.diagnosis.verdict == "healthy"
+
+
+def test_a_parameter_that_is_no_layers_weight_is_taken_as_the_others_are() -> None:
+    """A policy's log deviation goes on through ``exp``: that is not what the step made of it."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    deviation = torch.zeros(2, requires_grad=True)
+    outer = torch.optim.SGD([*net.parameters(), deviation], lr=0.0)
+    x, y = batches(6)
+    made = []
+    with divergence_probe.attach() as probe:
+        for task in range(6):
+            base = [*net.parameters(), deviation]
+            spread = deviation.exp()
+            loss = ((F.linear(x[task], *base[:2]) - y[task]) / spread).square().mean()
+            grads = torch.autograd.grad(loss + spread.log().sum(), base, create_graph=True)
+            fast = [w - RATE * g for w, g in zip(base, grads, strict=True)]
+            made.append(fast[2].norm().item())
+            spread = fast[2].exp()
+            outer.zero_grad()
+            ((F.linear(x[task], *fast[:2]) - y[task]) / spread).square().mean().backward()
+            outer.step()
+
+    steps = probe.recording.steps()
+    seen = steps[(steps["phase"] == "support") & (steps["parameter"].str.startswith("param[2]"))]
+    assert seen["norm_after"].tolist() == pytest.approx(made)
+
+
+def test_a_loss_that_was_computed_before_the_weights_it_is_asked_for() -> None:
+    weight = torch.randn(2, 3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+
+    def adapt() -> None:
+        for _ in range(2):
+            fast = weight
+            loss = F.mse_loss(F.linear(x, fast), y)
+            for _ in range(2):
+                (gradient,) = torch.autograd.grad(loss, fast, retain_graph=True)
+                fast = fast - RATE * gradient
+
+    probe = divergence_probe.attach()
+    with pytest.raises(RuntimeError, match="used in the graph"), probe:
+        adapt()
+
+    (finding,) = (f for f in probe.diagnosis.findings if f.rule == "EX001")
+    assert "depends on none" in finding.message and "allow_unused" not in finding.fix

@@ -2,10 +2,10 @@
 
 import pytest
 
-from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.record.schema import FLAGS, MISSING, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, INF, QUERY_SITE, inner, make, one, place, silent
+from .blocks import HERE, INF, QUERY_SITE, inner, make, one, outer, place, silent
 
 CODES = ("FX001", "FX002", "FX003", "FX004", "FX005")
 DATA = {
@@ -108,4 +108,26 @@ def test_half_precision_that_moves_or_has_no_gradient():
     assert silent("FX006", make(inner(update_norm=[0, 0, 0.1]), dtype="float16"))
     assert silent("FX006", make(inner(update_norm=0, gradient_norm=0), dtype="float16"))
     assert silent("FX006", make(inner(update_norm=0, gradient_norm=MISSING), dtype="float16"))
-    assert silent("FX006", make(inner(update_norm=0)))  # float32: LR004's
+    assert silent("FX006", make(inner(update_norm=0)))  # float32: LR002's and LR004's
+
+
+def still_base(count=4, **columns):
+    return [outer(update_norm=0.0, **columns) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_base_that_no_outer_step_moves(dtype):
+    finding = one("FX006", make(*still_base(), dtype=dtype))
+
+    assert (finding.cause, finding.phase, finding.layer) == ("low-precision", "outer", "body.0")
+    by_hand = {"learning_rate": float("-inf"), "flags": float(FLAGS["rounded"])}
+    assert one("FX006", make(*still_base(**by_hand), dtype=dtype))
+
+
+def test_a_base_that_moves_once_or_has_no_reason_to():
+    assert silent("FX006", make(*still_base(), outer()))
+    assert silent("FX006", make(*still_base()), make(outer()))
+    assert silent("FX006", make(*still_base(2)))
+    assert silent("FX006", make(*still_base(learning_rate=0.0)))
+    assert silent("FX006", make(*still_base(gradient_norm=0.0)))
+    assert silent("FX006", make(*still_base(learning_rate=float("-inf"))))  # not seen to be made

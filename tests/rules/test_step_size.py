@@ -2,10 +2,10 @@
 
 import pytest
 
-from divergence_probe.record.schema import MISSING, Event
+from divergence_probe.record.schema import FLAGS, MISSING, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, INF, NAN, inner, make, one, place, query, silent
+from .blocks import HERE, INF, NAN, findings, inner, make, one, outer, place, query, silent
 
 ONE = ("layer.weight",)
 
@@ -138,7 +138,7 @@ def test_steps_without_effect():
 def test_steps_with_effect_or_nothing_left_to_learn():
     assert silent("LR002", make(*tiny([1e-5, 1e-5, 1e-2])))
     assert silent("LR002", make(*tiny(1e-5, loss=1e4)))  # the gradient is small beside the loss
-    assert silent("LR002", make(*tiny(0.0)))  # which is LR004's
+    assert silent("LR002", make(*tiny(0.0)))  # which is LR004's: at rate 0.1 it would show
     assert silent("LR002", make(*tiny(1e-5)), ineffective_update=1e-7)
 
 
@@ -149,6 +149,25 @@ def test_a_bias_that_began_at_zero_hides_no_tiny_steps():
         inner(0, step, update_norm=[1e-7, 1e-3, 1e-7], norm_before=[10, 0, 8]) for step in (0, 1)
     ]
     assert silent("LR002", make(*head))  # a zero-initialised head that does learn
+
+
+@pytest.mark.parametrize("how", [{"learning_rate": 1e-11}, {"learning_rate": -INF, "flags": 512.0}])
+def test_steps_that_are_rounded_away(how):
+    finding = one("LR002", make(*[row | how for row in tiny(0.0)]))
+
+    assert place(finding) == ("ineffective-inner-step", Severity.WARNING, None, 0, 0)
+    assert "every update is rounded away" in finding.message and "0.01 would move" in finding.fix
+    assert silent("LR004", make(*[row | how for row in tiny(0.0)]))
+
+
+def test_steps_of_rate_zero_are_not_rounded_away():
+    for how in ({"learning_rate": 0.0}, {"learning_rate": -INF, "flags": float(FLAGS["zero"])}):
+        rows = [row | how for row in tiny(0.0)]
+        assert silent("LR002", make(*rows)) and silent("LR004", make(*rows))
+        assert silent("FX006", make(*rows, dtype="bfloat16"))
+    assert silent("LR002", make(*[row | {"learning_rate": 1e-11} for row in tiny([0, 0, 1e-2])]))
+    frozen = [row | {"learning_rate": 1e-11, "gradient_norm": 0.0} for row in tiny(0.0)]
+    assert silent("LR002", make(*frozen))
 
 
 def climbing(rate, losses=(1.0, 1.5), declared=None):
@@ -173,11 +192,57 @@ def test_a_rising_loss_with_a_positive_rate_or_a_negative_one_that_does_no_harm(
     assert silent("LR003", make(*climbing(-0.1, declared=0.1)))  # momentum climbs at times
 
 
+NAMELESS = ("param[0] 8x20",)
+
+
+def attacked(start, task):
+    """Steps by hand up the loss, from ``start``."""
+    return [
+        row | {"task": float(task), "norm_before": start, "learning_rate": -INF}
+        for row in climbing(-0.1)
+    ]
+
+
+def test_to_climb_on_an_input_is_a_remark():
+    rows = [*attacked(2.0, 0), *attacked(3.0, 1), *attacked(2.5, 2)]
+    seen = findings("LR003", make(*rows, parameters=NAMELESS))
+    assert seen and {finding.severity for finding in seen} == {Severity.INFO}
+    zeros = [*attacked(0.0, 0), *attacked(0.0, 1)]
+    assert {f.severity for f in findings("LR003", make(*zeros, parameters=NAMELESS))} == {
+        Severity.INFO
+    }
+
+
+def test_to_climb_on_a_base_without_a_name_is_not():
+    again = make(*attacked(2.0, 0), *attacked(2.0, 1), parameters=NAMELESS)
+    assert findings("LR003", again)[-1].severity is Severity.WARNING
+    moved = [make(outer(), parameters=NAMELESS), make(*attacked(2.0, 1), parameters=NAMELESS)]
+    assert findings("LR003", *moved)[-1].severity is Severity.WARNING
+    known = make(*[row | {"learning_rate": -0.1} for row in attacked(2.0, 0)], parameters=NAMELESS)
+    assert one("LR003", known).severity is Severity.WARNING
+
+
+def test_what_a_net_makes_of_a_gradient_shows_no_rate():
+    rows = [row | {"flags": float(FLAGS["transformed"])} for row in attacked(2.0, 0)]
+    assert silent("LR003", make(*rows))
+
+
 def test_an_update_that_is_thrown_away():
     finding = one("LR004", make(inner(), inner(step=1, update_norm=0.0)))
 
     assert place(finding) == ("no-parameter-change", Severity.ERROR, None, 0, 1)
     assert finding.evidence["gradient_norm"] == pytest.approx(3**0.5)
+
+
+def test_a_step_by_hand_that_stands_still_at_a_line_that_never_moved_a_weight():
+    still = inner(update_norm=0.0, learning_rate=-INF)
+    assert "or the rate is so small" in one("LR004", make(still)).fix
+    thrown = still | {"flags": float(FLAGS["discarded"])}
+    assert "or the rate" not in one("LR004", make(thrown)).fix
+    moving = inner(learning_rate=-INF)
+    assert silent("LR004", make(moving, still | {"task": 1.0}))  # its rate went to zero, say
+    assert silent("LR004", make(moving), make(still | {"task": 1.0}))
+    assert one("LR004", make(moving, thrown | {"task": 1.0})).task == 1
 
 
 def test_an_update_with_an_infinite_gradient_is_not_thrown_away():
