@@ -42,6 +42,7 @@ class Learned:
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
         flags: ``schema.FLAGS`` that hold of every step here.
+        discards: whether an update was thrown away here: each is followed to its first use.
     """
 
     candidates: list[int] | None = None
@@ -56,6 +57,7 @@ class Learned:
     script: Script | None = None
     scripts: int = 0
     flags: int = 0
+    discards: bool = False
 
     @property
     def is_known_by_heart(self) -> bool:
@@ -66,6 +68,7 @@ class Learned:
             and self.confirmed > 1
             and self.optimizer is None
             and not self.piecewise
+            and not self.discards
         )
 
     def task_took(self, steps: int) -> None:
@@ -184,6 +187,7 @@ class Pending:
             self.function != "backward"
             and self.width == 1
             and not learned.piecewise
+            and not learned.discards
             and learned.confirmed >= _TRUSTED
             and learned.scripts < _MOST_SCRIPTS
         )
@@ -242,6 +246,8 @@ class Pending:
         """Whether every candidate that was right the last times at this line has been made."""
         learned = self.learned
         if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:
+            return False
+        if learned.discards:
             return False
         if len(learned.candidates) != len(self.candidates) or any(self.writes):
             return False

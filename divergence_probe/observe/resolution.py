@@ -54,6 +54,7 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
         return _unfollowed(pending, following, models)
     if _discarded(pending, following):
         pending.flags |= FLAGS["discarded"]
+        pending.learned.discards = True
         return Update([reference() for reference in pending.inputs], list(pending.before))
     continues = _continues(pending, following, models)
     tensors: list[Tensor | None] = []

@@ -282,3 +282,20 @@ def test_a_context_used_in_another_shape_only_is_adapted(shape: str) -> None:
     summary = probe.diagnosis.summary
     assert (summary.tasks, summary.inner_steps) == (12, 12)
     assert probe.diagnosis.verdict == "healthy"
+
+
+def test_updates_that_are_thrown_away_begin_no_tasks():
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    outer, x, y = torch.optim.SGD(weights, lr=0.01), torch.randn(8, 2), torch.randn(8, 3)
+    with divergence_probe.attach() as probe:
+        for _ in range(9):
+            for _ in range(4):  # each starts from the base: what the one before made is gone
+                loss = F.mse_loss(F.linear(x, *weights), y)
+                gradients = torch.autograd.grad(loss, weights, create_graph=True)
+                fast = [w - 0.1 * g for w, g in zip(weights, gradients, strict=True)]
+            outer.zero_grad()
+            F.mse_loss(F.linear(x, *fast), y).backward()
+            outer.step()
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps, summary.outer_steps) == (9, 36, 9)
