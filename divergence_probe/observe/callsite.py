@@ -42,7 +42,10 @@ class CallSites:
 
     def here(self, depth: int = 1) -> int:
         """The number of the innermost user line calling us; -1 where there is none."""
-        frame: FrameType | None = sys._getframe(depth)
+        try:
+            frame: FrameType | None = sys._getframe(depth)
+        except ValueError:  # a thread that runs nothing but the call itself
+            return -1
         known = self._foreign
         while frame is not None:
             code = frame.f_code

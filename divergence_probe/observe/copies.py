@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import copyreg
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +18,8 @@ from divergence_probe.observe.task import Task
 
 def install(patches: Patches, session: Session) -> None:
     """Watch deep copies of models and of parameters, and ``load_state_dict``."""
-    # What deepcopy comes to for objects: to watch itself would cost every number in a list.
-    reconstruct: Any = vars(copy)["_reconstruct"]
-    patches.swap_code(reconstruct, lambda original: _reconstruct(session, original))
+    # (Not at deepcopy itself, which every number in a list goes through.)
+    patches.add_attribute(nn.Module, "__deepcopy__", _module(session))
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
@@ -31,23 +32,34 @@ class _Copying(threading.local):
     model = False
 
 
-def _reconstruct(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+def _module(session: Session) -> Callable[..., Any]:
     copying = _Copying()
 
-    def reconstruct(x: Any, memo: Any, *args: Any, **kwargs: Any) -> Any:
-        if memo is None or not isinstance(x, nn.Module) or copying.model:
-            return original(x, memo, *args, **kwargs)
+    def __deepcopy__(self: nn.Module, memo: Any) -> Any:  # noqa: N807
+        inherited = getattr(super(nn.Module, self), "__deepcopy__", None)
+        copied = inherited or functools.partial(_as_deepcopy_does, self)
+        if copying.model:
+            return copied(memo)
         copying.model = True
         try:
-            result = original(x, memo, *args, **kwargs)
+            result = copied(memo)
         finally:
             copying.model = False
         if session.guard.watching:
             with session.guard.work():
-                session.models.note_module_copy(result, x)
+                session.models.note_module_copy(result, self)
         return result
 
-    return reconstruct
+    return __deepcopy__
+
+
+def _as_deepcopy_does(module: nn.Module, memo: Any) -> Any:
+    """What ``copy.deepcopy`` does with an object that has no ``__deepcopy__``."""
+    reduce = copyreg.dispatch_table.get(type(module))
+    reduced = reduce(module) if reduce is not None else module.__reduce_ex__(4)
+    if isinstance(reduced, str):
+        return module
+    return vars(copy)["_reconstruct"](module, memo, *reduced)
 
 
 def _parameter(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,6 +135,8 @@ class Follower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
+        if torch.compiler.is_compiling():  # first of all: what follows must not be compiled in
+            return func(*args, **kwargs) if kwargs else func(*args)
         self._handling += 1
         try:
             result = func(*args, **kwargs) if kwargs else func(*args)
@@ -145,7 +147,7 @@ class Follower(TorchFunctionMode):
             return result
         guard = self._guard
         state = guard.threads.state
-        if state.gradient or state.away or not guard.active or torch.compiler.is_compiling():
+        if state.gradient or state.away or not guard.active:
             return result
         if (recital := self._recital) is not None:
             try:
@@ -226,7 +228,7 @@ class Follower(TorchFunctionMode):
         if gradients and operation.escapes:
             pending.escaped = True
         both = parameters & gradients
-        note_standstill(pending, both, result, operation, steps, (*args, *kwargs.values()))
+        note_standstill(pending, both, result, operation, steps, _rates(args, kwargs))
         for tensor in _results(result):
             if cut and gradients:
                 self._cut.add(id(tensor))
@@ -282,7 +284,7 @@ class Follower(TorchFunctionMode):
                     steps += [tensor] * bool(tag[2])  # type: ignore[list-item]
             new = first if operation.in_place or position >= len(made) else made[position]
             both = parameters & gradients
-            note_standstill(pending, both, new, operation, steps, (*args, *kwargs.values()))
+            note_standstill(pending, both, new, operation, steps, _rates(args, kwargs))
             if operation.in_place and isinstance(first, Tensor):
                 self._written(pending, first, operation, parameters, gradients)
             elif position < len(made) and isinstance(made[position], Tensor):
@@ -412,6 +414,14 @@ def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
             for member in arg:
                 if isinstance(member, Tensor):
                     yield member
+
+
+def _rates(args: Iterable[Any], kwargs: dict[str, Any]) -> list[float]:
+    """Numbers an operation multiplies by; whole ones without a name are axes and sizes."""
+    named = [kwargs[name] for name in ("alpha", "value", "weight") if name in kwargs]
+    return [value for value in args if type(value) is float] + [
+        value for value in named if isinstance(value, int | float)
+    ]
 
 
 def _results(result: Any) -> Iterable[Tensor]:

@@ -81,7 +81,7 @@ class GradientCalls:
         if torch.compiler.is_compiling() or not guard.active:
             return True
         state = guard.threads.state
-        return bool(state.away or state.gradient)
+        return bool(state.away) or state.is_in_gradient()
 
     def _open(
         self,
@@ -127,9 +127,9 @@ class _Autograd(GradientCalls):
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if is_compiling() or not guard.active:
                 return original(outputs, inputs, *args, **kwargs)
-            if (state := threads.state).away or state.gradient:
+            if (state := threads.state).away or (state.gradient and state.is_in_gradient()):
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
-            site = -1
+            site, known = -1, False
             if type(outputs) is Tensor and type(inputs) in _LISTS and in_plain_torch():
                 site = sites.here(FORWARDED)
                 if expects(site, "grad", outputs, inputs):
@@ -140,11 +140,14 @@ class _Autograd(GradientCalls):
                 tensors = [taken] if isinstance(taken, Tensor) else list(taken)
                 if not isinstance(inputs, Tensor | dict | list | tuple):
                     inputs = tensors  # an iterator can be read only once
-                loss = first_tensor(outputs)
-                self._open(site, "grad", loss, tensors)
-                self._forensics.before(site, loss, tensors, names=self._names)
+                loss, known = first_tensor(outputs), all(isinstance(t, Tensor) for t in tensors)
+                if known:  # (torch also takes edges of a graph, which are no parameters)
+                    self._open(site, "grad", loss, tensors)
+                    self._forensics.before(site, loss, tensors, names=self._names)
             with guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
+            if not known:
+                return result
             with guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
                 self._loops.gradient(site, "grad", loss, tensors, made)

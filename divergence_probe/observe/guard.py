@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import traceback
@@ -44,7 +45,9 @@ class ThreadState:
         own: how deep inside our own work the thread is.
         inside: how deep inside calls that are observed as a whole.
         away: how deep inside either: what is called there is not the user's.
-        gradient: how deep inside gradient calls.
+        gradient: how deep inside gradient calls, and steps of optimizers that were begun.
+        step: lives as long as the step of ``torch.optim`` under way; None outside any.
+        outside: how deep inside gradient calls that step was begun.
         transform: how deep inside gradients of ``torch.func``, forward and backward.
         differentiable: whether the user's code has gradients enabled, while our own work is done.
         on_stack: our function mode where it is on the thread's stack, else None.
@@ -53,7 +56,8 @@ class ThreadState:
 
     __slots__ = (
         "_clear", "_guard", "_started", "_torch_function", "away",
-        "differentiable", "gradient", "inside", "on_stack", "own", "paused", "transform",
+        "differentiable", "gradient", "inside", "on_stack", "outside", "own", "paused", "step",
+        "transform",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
@@ -66,9 +70,20 @@ class ThreadState:
         self.away = 0
         self.gradient = 0
         self.transform = 0
+        self.step: weakref.ref[object] | None = None
+        self.outside = 0
         self.differentiable = True
         self.on_stack: OnStack | None = None
         self.paused: OnStack | None = None
+
+    def is_in_gradient(self) -> bool:
+        """Whether a gradient call or a step is under way.
+
+        Torch does not tell of a step that an exception ended: what it was called with is gone then.
+        """
+        if self.gradient and self.step is not None and self.step() is None:
+            self.gradient, self.step = self.outside, None
+        return bool(self.gradient)
 
     @property
     def transformed(self) -> bool:
@@ -186,12 +201,14 @@ class Guard:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {frames[-1].name}:{frames[-1].lineno}" if frames else ""
         self.failure = f"{type(error).__name__}: {error}{where}"
-        warnings.warn(
+        said = (
             f"divergence_probe switched itself off: {self.failure}. Your run goes on unwatched; "
-            "the report will say incomplete. Please report this.",
-            RuntimeWarning,
-            stacklevel=2,
+            "the report will say incomplete. Please report this."
         )
+        try:
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # warnings are errors here, but ours must not end the run
+            print(said, file=sys.stderr)
 
 
 class _Inside:

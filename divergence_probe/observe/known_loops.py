@@ -14,7 +14,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from divergence_probe.observe.capture import NO_FORWARDS, Number
+from divergence_probe.observe.capture import NO_FORWARDS, Forwards, Number
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.forensics.windows import Window
@@ -117,6 +117,7 @@ class KnownLoops:
         pending = thread.pending
         if pending is None:
             return False
+        value, forwards = self._forwards_of(loss, inputs)  # (what is left is the last task's query)
         task = pending.task
         if task is None or task.ended or task is not thread.task:
             task = pending.task = self._tasks.start(pending, in_place=False)
@@ -130,7 +131,9 @@ class KnownLoops:
         second_order = any_carries_graph(gradients)
         pending.flags = (FLAGS["second_order"] if second_order else 0) | learned.flags
         pending.loss_of = ref(loss) if loss is not None else None
-        pending.loss = self._forwards_of(pending, loss, inputs)
+        pending.loss, pending.forwards = value, forwards
+        if forwards is not NO_FORWARDS:
+            self._session.name_forwards(forwards, task.known, task)
         window = Window(pending.site, made_by(inputs), before, after)
         self._forensics.passed(window, task, task.steps)
         if task.steps + 1 >= (learned.steps or 0) or type(slopes) is not Snapshot:
@@ -138,22 +141,16 @@ class KnownLoops:
         return True
 
     def _forwards_of(
-        self, pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]
-    ) -> Number:
-        """Take what ran forward for a gradient; returns its loss."""
+        self, loss: Tensor | None, inputs: Sequence[Tensor]
+    ) -> tuple[Number, Forwards]:
+        """The value of the loss a gradient was taken of, and what ran forward for it."""
         forwards = self._session.loose.forwards
-        if forwards.only_a_loss:
-            losses = forwards.losses
-            call = losses.pop() if losses else None
-            pending.forwards = NO_FORWARDS
-            if call is not None and call.value is not None and call.tensor() is loss:
-                return call.value
-        else:
-            pending.forwards = forwards.split_for(loss, self._foreign_to(inputs))
-            task = pending.task
-            if task is not None:
-                self._session.name_forwards(pending.forwards, task.known, task)
-        return number_of(loss)
+        if not forwards.only_a_loss:
+            return number_of(loss), forwards.split_for(loss, self._foreign_to(inputs))
+        call = forwards.losses.pop() if forwards.losses else None
+        if call is not None and call.value is not None and call.tensor() is loss:
+            return call.value, NO_FORWARDS
+        return number_of(loss), NO_FORWARDS
 
 
 def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -> bool:

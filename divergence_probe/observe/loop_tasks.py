@@ -6,6 +6,7 @@ outer step by hand; a gradient that no update followed is the query's, or the ou
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from weakref import ref
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
-from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
@@ -53,6 +54,7 @@ class LoopThread(threading.local):
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
+        self.queries: list[float] = []  # of tasks that ended without a gradient of theirs
         self.unused: tuple[object, ...] = ()
         self.repeated = 0
 
@@ -230,6 +232,8 @@ class LoopTasks:
             task.learned.task_took(task.steps)
         restarts.drop_if_written(task)
         task.forwards.extend(self._used_by(task))
+        if task.steps and isinstance(task.forwards.loss, float):
+            thread.queries.append(task.forwards.loss)
         self._session.finish_task(task)
 
     def outer_step(self) -> None:
@@ -340,7 +344,20 @@ class LoopTasks:
             session, gradients = self._session, []
             if task.in_place:  # of a copy: whether it arrives at the base is another question
                 gradients = [gradient for gradient in pending.gradients if gradient is not None]
-            session.query(task, forwards, pending.loss, pending.site, pending.flags, gradients)
+            loss = self._own_part(pending.loss, forwards.loss)
+            session.query(task, forwards, loss, pending.site, pending.flags, gradients)
+        self._thread.queries.clear()
+
+    def _own_part(self, loss: Number, own: Number) -> Number:
+        """A task's own query loss, where the gradient was taken of the sum or mean over several."""
+        queries = self._thread.queries
+        if not queries or not isinstance(loss, float) or not isinstance(own, float):
+            return loss
+        total = sum(queries) + own
+        several = any(
+            math.isclose(loss * times, total, rel_tol=1e-5) for times in (1, len(queries) + 1)
+        )
+        return own if several else loss
 
     def _count_repetition(self, pending: Pending) -> None:
         """Note a gradient taken again and again at one point, with the very same loss.

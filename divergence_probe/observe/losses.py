@@ -13,7 +13,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import in_plain_torch, physical
+from divergence_probe.observe.tensors import are_plain, in_plain_torch, is_tracing, physical
 
 _LOSSES = (
     F.cross_entropy,
@@ -40,9 +40,9 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     threads = guard.threads
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or not guard.active or (state := threads.state).away:
+        if is_compiling() or is_tracing() or not guard.active or (state := threads.state).away:
             return original(*args, **kwargs)
-        if state.on_stack is None:
+        if state.on_stack is None and are_plain(args) and are_plain(kwargs.values()):
             result = original(*args, **kwargs)
         else:
             with inside:
@@ -70,4 +70,6 @@ def _note(session: Session, loss: Tensor) -> None:
 
 def _keep(session: Session, loss: Tensor, value: Number) -> None:
     call = LossCall(weakref.ref(loss), value, next_order())
-    session.current_forwards().losses.append(call)
+    forwards = session.current_forwards()
+    forwards.losses.append(call)
+    forwards.trim()

@@ -168,15 +168,15 @@ class Models:
             return None
         return entry[1], entry[2]
 
-    def find_all(self, tensors: Sequence[Tensor | None]) -> tuple[KnownModel, list[int]] | None:
+    def find_all(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """The one model that owns all of ``tensors``, and their positions in it, by identity."""
-        found = self.find(tensors[0]) if tensors and tensors[0] is not None else None
+        found = self.find(tensors[0]) if tensors else None
         if found is None:
             return None
         owner = found[0]
-        if are(owner.parameters, tensors):  # type: ignore[arg-type]
+        if are(owner.parameters, tensors):
             return owner, list(range(len(tensors)))
-        places = [self.find(t) if t is not None else None for t in tensors]
+        places = [self.find(tensor) for tensor in tensors]
         positions = [place[1] for place in places if place is not None and place[0] is owner]
         return (owner, positions) if len(positions) == len(tensors) else None
 

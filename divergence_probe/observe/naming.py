@@ -20,7 +20,8 @@ def named(
 
     By identity, by what they were cloned from, by value, and last by shape and position.
     """
-    whole = models.find_all(tensors)
+    present = [tensor for tensor in tensors if tensor is not None]
+    whole = models.find_all(present) if len(present) == len(tensors) else None
     if whole is not None:
         return whole
     origins = [

@@ -26,7 +26,13 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import in_plain_torch, plain, waits_for_nothing
+from divergence_probe.observe.tensors import (
+    are_plain,
+    in_plain_torch,
+    is_tracing,
+    plain,
+    waits_for_nothing,
+)
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -54,14 +60,16 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         eps: float = 1e-5,
     ) -> Tensor:
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if is_compiling() or not guard.active or (state := threads.state).away:
+        if is_compiling() or is_tracing() or not guard.active or (state := threads.state).away:
             return original(*call)
-        if state.gradient:
+        if state.gradient and state.is_in_gradient():
             with state:  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)
         before = None
-        if in_plain_torch():  # there is nothing to put aside: a step calls this once a layer
+        if in_plain_torch() and are_plain(
+            (input, weight, running_mean)
+        ):  # there is nothing to put aside: a step calls this once a layer
             started = clock()
             try:
                 before = _statistics(running_mean, running_var)

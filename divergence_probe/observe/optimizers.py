@@ -73,6 +73,10 @@ class _Step:
     goes_on: Task | None = None
 
 
+class _Arguments(dict[str, Any]):
+    """The keywords a step is called with; a reference tells when that call is over."""
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.step: _Step | None = None
@@ -99,17 +103,34 @@ class Optimizers:
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """A step of ``torch.optim`` begins (torch's hook); its closure is looked into, too."""
+        under_way = self._thread.step
+        if under_way is not None and under_way.optimizer is optimizer:
+            self._cut_short(under_way)  # it is no part of itself
         if self._passes():
             return None
+        alive = _Arguments(kwargs)
         with self._session.guard.work():
+            if self._thread.step is not None:
+                self._cut_short(self._thread.step)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._loops.tasks.moved(parameters)
             self.begin(optimizer, _facts(optimizer), parameters)
+            self._session.guard.state.step = weakref.ref(alive)
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self.closure(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self.closure(kwargs["closure"])}
-        return None
+            return (args[0], self.closure(args[1]), *args[2:]), alive
+        if callable(alive.get("closure")):
+            alive["closure"] = self.closure(alive["closure"])
+        return args, alive
+
+    def _cut_short(self, step: _Step) -> None:
+        """An exception ended a step, of which torch does not tell: say so, and watch again."""
+        state, self._thread.step = self._session.guard.state, None
+        if state.step is not None:
+            state.gradient, state.step = state.outside, None
+        self._session.unseen(
+            f"An exception ended a step of {step.facts.name}: what it did is not recorded. "
+            "Catch the error around the whole task to start it anew."
+        )
 
     def load(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A state put into an optimizer is meant to be there when its next task begins."""
@@ -159,19 +180,21 @@ class Optimizers:
 
     def _passes(self) -> bool:
         guard = self._session.guard
-        return not guard.watching or bool(guard.state.gradient)
+        return not guard.watching or guard.state.is_in_gradient()
 
     def begin(self, optimizer: Any, facts: OptimizerFacts, parameters: Sequence[Tensor]) -> None:
         """Any optimizer is about to step in place: keep what it is about to overwrite."""
         self._thread.step = self._begin(optimizer, facts, list(parameters))
-        self._session.guard.state.gradient += 1  # a closure's gradients are the step's own
+        state = self._session.guard.state
+        state.outside, state.step = state.gradient, None
+        state.gradient += 1  # a closure's gradients are the step's own
 
     def end(self, optimizer: Any) -> None:
         """The step that began last is complete."""
-        step, self._thread.step = self._thread.step, None
+        step, guard = self._thread.step, self._session.guard
         if step is None or step.optimizer is not optimizer:
-            return
-        guard = self._session.guard
+            return  # (part of a wrapper's own step)
+        self._thread.step = guard.state.step = None
         guard.state.gradient -= 1
         with guard.work():
             self._end(step)

@@ -83,6 +83,19 @@ class Patches:
 
         self._undo.append(undo)
 
+    def add_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Give ``owner`` an attribute that it does not have, nor inherits."""
+        if hasattr(owner, name):
+            return
+        value = _passed_over(value)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if vars(owner).get(name) is value:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
     def add_undo(self, undo: Callable[[], None]) -> None:
         """Register any other way back, such as a hook handle's ``remove``."""
         self._undo.append(undo)

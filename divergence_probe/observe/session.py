@@ -427,14 +427,14 @@ class Session:
         self._room = _BYTES_PER_BLOCK - self._room_of(latest)
 
     def _room_of(self, row: Row) -> int:
-        """What a row takes of the bytes that may be kept alive, so that few enough are pending.
-
-        It is the same for every row of a layout, near enough.
-        """
-        known = self._sizes.get((row.layout, row.phase))
+        """What a row takes of the bytes that may be kept alive, so that few enough are pending."""
+        if row.before is row.after:  # (a query keeps no weights)
+            return _BYTES_PER_BLOCK // _ROWS_AT_ONCE
+        known = self._sizes.get((row.layout, row.width))
         if known is None:
-            size = max(row.size(), _BYTES_PER_BLOCK // _ROWS_AT_ONCE)
-            known = self._sizes[row.layout, row.phase] = size
+            size = 3 * row.width * bytes_of(self.models.layouts[row.layout])
+            known = max(size, _BYTES_PER_BLOCK // _ROWS_AT_ONCE)
+            self._sizes[row.layout, row.width] = known
         return known
 
     def _hold(self, task: Task, row: Row) -> None:
@@ -503,6 +503,13 @@ def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool
         a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
         for a, b in zip(left, right, strict=True)
         if a is not None and b is not None
+    )
+
+
+def bytes_of(layout: Layout) -> int:
+    """What one set of a layout's parameters takes."""
+    return sum(
+        math.prod(info.shape) * getattr(torch, info.dtype).itemsize for info in layout.parameters
     )
 
 

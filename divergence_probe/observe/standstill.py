@@ -23,7 +23,7 @@ def note_standstill(
     result: Any,
     operation: Operation,
     steps: Sequence[Tensor],
-    given: Iterable[Any],
+    rates: Iterable[float],
 ) -> None:
     """Look at an operation that brought inputs and gradients together: it may have changed nothing.
 
@@ -36,7 +36,7 @@ def note_standstill(
         result: what came out.
         operation: what was done.
         steps: the tensors made of gradients that went in.
-        given: everything else that went in: a rate may be among it.
+        rates: the numbers that went in, as far as they may be rates.
     """
     if not indices or not isinstance(result, Tensor):
         return
@@ -47,7 +47,6 @@ def note_standstill(
     after = batched(result, pending.width).detach()
     if not waits_for_nothing(after) or not _unchanged(pending, indices, after):
         return
-    rates = (value for value in given if isinstance(value, int | float))
     zero = any(rate == 0 for rate in rates) or not any(bool(plain(t).any()) for t in steps)
     pending.flags |= FLAGS["zero" if zero else "rounded"]
 

@@ -18,12 +18,21 @@ from torch._C._functorch import (
 
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+is_tracing = torch._C._get_tracing_state
 are_transforms_active = torch._C._are_functorch_transforms_active
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None)))
 
 
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
     return not (_function_modes() or are_transforms_active() or _dispatch_modes())
+
+
+def are_plain(values: Iterable[object]) -> bool:
+    """Whether there is no tensor of a class of the user's, whose handlers call us again."""
+    return _PLAIN.issuperset(map(type, values))
 
 
 def references(tensors: Sequence[Tensor | None]) -> list[weakref.ref[Tensor] | None]:

@@ -258,7 +258,7 @@ class _ClassicOptimizers:
 
         def step(self_: Any, closure: Any = None) -> Any:
             guard = self.session.guard
-            if not guard.watching or guard.state.gradient:
+            if not guard.watching or guard.state.is_in_gradient():
                 return original(self_, closure)
             watch = watching(self.session)
             with guard.work():
