@@ -45,7 +45,7 @@ def _module(session: Session) -> Callable[..., Any]:
             result = copied(memo)
         finally:
             copying.model = False
-        if session.guard.watching:
+        if isinstance(result, nn.Module) and session.guard.watching:
             with session.guard.work():
                 session.models.note_module_copy(result, self)
         return result

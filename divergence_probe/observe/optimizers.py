@@ -128,8 +128,8 @@ class Optimizers:
         if state.step is not None:
             state.gradient, state.step = state.outside, None
         self._session.unseen(
-            f"An exception ended a step of {step.facts.name}: what it did is not recorded. "
-            "Catch the error around the whole task to start it anew."
+            f"An exception ended a step of {step.facts.name}, and torch does not tell how far it "
+            "came: that step is not recorded."
         )
 
     def load(self, original: Callable[..., Any]) -> Callable[..., Any]:
