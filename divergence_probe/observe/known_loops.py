@@ -134,7 +134,8 @@ class KnownLoops:
         pending.loss, pending.forwards = value, forwards
         if forwards is not NO_FORWARDS:
             self._session.name_forwards(forwards, task.known, task)
-        window = Window(pending.site, made_by(inputs), before, after)
+        pending.made_by = made_by(inputs)
+        window = Window(pending.site, pending.made_by, before, after)
         self._forensics.passed(window, task, task.steps)
         if task.steps + 1 >= (learned.steps or 0) or type(slopes) is not Snapshot:
             self._wait_for(pending, loss, inputs, gradients)
@@ -163,4 +164,6 @@ def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -
         return False
     if tuple(map(_shape, inputs)) != tuple(shapes_of(pending.before)):
         return False
-    return inputs[0].grad_fn.name() not in IDENTITIES  # type: ignore[union-attr]
+    if pending.learned.script is None:  # which operation takes the parameter is not known
+        return inputs[0].grad_fn.name() not in IDENTITIES  # type: ignore[union-attr]
+    return pending.leads_to(inputs[-1])

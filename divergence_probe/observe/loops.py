@@ -18,6 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
+from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.known_loops import KnownLoops
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
 from divergence_probe.observe.models import base_among
@@ -180,6 +181,7 @@ class Loops:
             learned=learned,
             flags=(FLAGS["second_order"] if any_carries_graph(made) else 0) | learned.flags,
             width=width,
+            made_by=made_by(inputs) if not wrapped else -1,
         )
         pending.set_loss(loss)
         self._place(pending, inputs, goes_on)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TRUSTED = 3
 # An update that is another one every few tasks is followed every time.
 _MOST_SCRIPTS = 8
+# How far an update may lie behind its parameter: what is farther is another step's.
+_MOST_LEVELS, _MOST_NODES = 5, 16
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Pending:
         restarts: whether they are the fast weights of the task before, written anew in place.
         origins: what its inputs were deep-copied from, where they all were.
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
+        made_by: one past the number of the autograd node that made its last input; -1 a leaf.
     """
 
     site: int
@@ -167,6 +170,7 @@ class Pending:
     restarts: bool = False
     origins: list[weakref.ref[Tensor]] | None = None
     in_the_middle: bool = False
+    made_by: int = -1
 
     def set_loss(self, loss: Tensor | None) -> None:
         """Note what the gradient was taken of, and its value where it is a single number."""
@@ -209,6 +213,26 @@ class Pending:
                 differentiable,
                 chosen[0].cut,
             )
+
+    def leads_to(self, updated: Tensor) -> bool:
+        """Whether a tensor was made of the last input, in a few operations.
+
+        (Another model's weights, or the next task's, can be of the same shapes. The input itself
+        may be gone; its node is in the graph.)
+        """
+        parameter = self.inputs[-1]() if self.made_by < 0 else None
+        if self.made_by < 0 and parameter is None:
+            return True
+        level: list[Any] = [updated.grad_fn]
+        for _ in range(_MOST_LEVELS):
+            for node in level:
+                if self.made_by >= 0 and node._sequence_nr() + 1 == self.made_by:
+                    return True
+                if parameter is not None and getattr(node, "variable", None) is parameter:
+                    return True
+            level = [n for node in level for n, _ in node.next_functions if n is not None]
+            level = level[:_MOST_NODES]
+        return False
 
     @property
     def updated(self) -> bool:

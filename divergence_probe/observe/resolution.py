@@ -237,6 +237,9 @@ def _continues(pending: Pending, following: Sequence[Tensor], models: Models) ->
             return False
         if models.find(tensor) is not None:
             return False
+    last = following[-1] if following else None
+    if pending.learned.script is not None and last is not None and last.grad_fn is not None:
+        return pending.leads_to(last)
     inputs = {id(reference()) for reference in pending.inputs}
     fresh = next((tensor for tensor in following if id(tensor) not in inputs), None)
     return fresh is not None and base_of(fresh) is None  # clones of a base begin a new task

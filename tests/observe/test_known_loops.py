@@ -299,3 +299,33 @@ def test_updates_that_are_thrown_away_begin_no_tasks():
             outer.step()
     summary = probe.diagnosis.summary
     assert (summary.tasks, summary.inner_steps, summary.outer_steps) == (9, 36, 9)
+
+
+@pytest.mark.parametrize("what", ["another model", "a shorter task"])
+def test_what_has_the_shapes_of_the_next_step_is_not_taken_for_it(what):
+    torch.manual_seed(0)
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    truth = {}  # by loss: norms of the weight before and after each step
+
+    def taken(weights, x, y):
+        loss = F.mse_loss(F.linear(x, *weights), y)
+        return loss.item(), torch.autograd.grad(loss, weights, create_graph=True)
+
+    with divergence_probe.attach() as probe:
+        for task in range(TASKS):
+            x, y, odd = torch.randn(8, 3), torch.randn(8, 2), task == 9
+            fast = [w * 0.9 for w in net.parameters()]  # no leaves: as every later step's are
+            for step in range(2 if odd and what == "a shorter task" else STEPS):
+                loss, gradients = taken(fast, x, y)
+                if odd and step == 1 and what == "another model":
+                    taken([w * 1.5 for w in other.parameters()], x, y)
+                new = [w - RATE * g for w, g in zip(fast, gradients, strict=True)]
+                truth[loss] = fast[0].norm().item(), new[0].norm().item()
+                fast = new
+    steps = probe.recording.steps()
+    rows = steps[steps["phase"] == "support"].drop_duplicates(["task", "step"])  # the weight's
+    seen = rows[rows["loss"].isin(list(truth)) & (rows["norm_after"] >= 0)]
+    assert len(seen) > len(truth) - 6
+    for row in seen.itertuples():
+        assert (row.norm_before, row.norm_after) == pytest.approx(truth[row.loss], rel=1e-6)
+    assert probe.diagnosis.summary.incomplete
