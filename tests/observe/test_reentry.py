@@ -28,6 +28,17 @@ def adapted(weights, x, y, loss_of=None, steps=STEPS):
     return weights
 
 
+def train(net, outer, meanwhile=lambda task: None):
+    """MAML of a linear net; ``meanwhile`` is called before each outer step."""
+    for task in range(TASKS):
+        x, y = torch.randn(4, 3), torch.randn(4, 1)
+        fast = adapted(list(net.parameters()), x, y)
+        outer.zero_grad()
+        F.mse_loss(F.linear(x, *fast), y).backward()
+        meanwhile(task)
+        outer.step()
+
+
 def counted(probe):
     summary = probe.diagnosis.summary
     return summary.tasks, summary.inner_steps, summary.outer_steps
@@ -81,16 +92,13 @@ def test_a_step_that_an_exception_ends_does_not_blind_the_probe(where):
     def fails():
         raise ValueError("a bad batch")
 
+    def step_of_another(task):
+        if task == 2:
+            with pytest.raises(ValueError, match=r"batch|memory"):
+                side.step(fails if where == "closure" else None)
+
     with divergence_probe.attach() as probe:
-        for task in range(TASKS):
-            x, y = torch.randn(4, 3), torch.randn(4, 1)
-            fast = adapted(list(net.parameters()), x, y)
-            outer.zero_grad()
-            F.mse_loss(F.linear(x, *fast), y).backward()
-            if task == 2:
-                with pytest.raises(ValueError, match=r"batch|memory"):
-                    side.step(fails if where == "closure" else None)
-            outer.step()
+        train(net, outer, step_of_another)
     assert counted(probe) == (TASKS, TASKS * STEPS, TASKS)
     assert any("exception ended a step" in reason for reason in probe.diagnosis.summary.incomplete)
 
@@ -107,12 +115,7 @@ def test_an_optimizer_whose_step_calls_another_one_is_one_step():
     net = nn.Linear(3, 1)
     outer = Wrapping(torch.optim.SGD(net.parameters(), lr=0.1))
     with divergence_probe.attach() as probe:
-        for _ in range(TASKS):
-            x, y = torch.randn(4, 3), torch.randn(4, 1)
-            fast = adapted(list(net.parameters()), x, y)
-            outer.zero_grad()
-            F.mse_loss(F.linear(x, *fast), y).backward()
-            outer.step()
+        train(net, outer)
     assert counted(probe) == (TASKS, TASKS * STEPS, TASKS)
 
 
