@@ -95,8 +95,9 @@ class LayerNames:
             module = call.module() if call.module is not None else None
             name = None
             if module is not None:
-                # (The model itself has no name in it: what it calls its weights tell apart.)
-                name = known.name_of(module) or self._models.copied_name(module) or None
+                # A copy keeps its original's name, whatever it is wrapped in. (The model itself has
+                # no name in it: what it calls its weights tell apart.)
+                name = self._models.copied_name(module) or known.name_of(module) or None
                 if name is None and task is not None and task.module_names is not None:
                     name = task.module_names.get(id(module)) or None
             if name is None and isinstance(call, NormalizationCall) and call.weight is not None:
@@ -118,10 +119,18 @@ class LayerNames:
 
         (A loss may reach a learned optimizer only, through the weights it made for a model.)
         """
-        found = self._models.owner(module)
+        found = self._models.owner(module) or self._around(module, known)
         if found is None or found[1] in known.module_names.values():
             return None
         return found[1]
+
+    def _around(self, module: nn.Module, known: KnownModel) -> tuple[KnownModel, str] | None:
+        """The model that holds a layer as well as what a gradient was taken of: a part (ANIL)."""
+        own = list(module.parameters(recurse=False))
+        base = [tensor for r in known.parameters if (tensor := r()) is not None]
+        if not own or not base or self._models.discover([*base, *own]) is None:
+            return None
+        return self._models.owner(module)
 
     def _name_by_weight(
         self, call: NormalizationCall, known: KnownModel, task: Task | None
