@@ -203,19 +203,21 @@ Quartiles are of the pairs; other programs on the same machine widen them.
 An *empty function mode* sees every operation and does nothing with it: the least a watcher costs
 that follows operations all the time. The *copies* (with `higher`, references) are the least a
 recorder costs that knows where to look: it keeps each inner step's weights and gradients and takes
-their norms many steps at a time. It knows no names, tasks, queries, outer steps, losses or lines,
-writes nothing and judges nothing.
+their norms many steps at a time. The *recorder written for that loop* takes what a recording holds:
+weights, gradients, losses and lines of every step, the last update (by a function mode, for no
+later gradient shows it), the query, the outer step, and all their numbers. It is told everything
+else: that there is a loop and which, how its updates are made, where tasks begin and end, what the
+parameters are called. It tells no restart, no other model and no fault from a step, writes nothing
+and judges nothing. See `benchmarks/floors.py`.
 
 ## Where the rest goes
 
-The 2x40 net takes about half a millisecond an inner step, and the interpreter runs our few hundred
-lines of Python a step with cold caches, four times slower than in a tight loop. By hand, in the
-middle of a loop that is known, a gradient costs about 70 microseconds: 20 for the copy, 25 to tell
-that it is the next step of that loop, 25 to write it down. A task adds its beginning, the
-operations of its last update (which no later gradient shows), the query and the outer step, about
-100 microseconds each; measuring, rules and writing come to about 30 microseconds a row, done 128
-rows (rules: 1024) at a time. On nets whose steps take 10 milliseconds and more, the same is a few
-percent.
+By hand, a task of five steps costs about twenty thousand of the interpreter's instructions: 4,000
+for the four gradients in the middle of a loop that is known, 6,000 for the first gradient, the last
+update and the query, 3,000 for the outer step, 1,000 for the losses, 5,000 for measuring, rules and
+writing. They run with cold caches in between torch's, several times slower than in a tight loop: a
+2x40 net takes less than a millisecond an inner step. On nets whose steps take 10 milliseconds and
+more, the same is a few percent or less.
 """
 
 
