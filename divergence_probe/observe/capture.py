@@ -29,7 +29,7 @@ class NormalizationCall:
         values: values per channel.
         batches: ``num_batches_tracked`` when the call ended; None where there is no counter.
         shared: whether the buffers are the base model's own.
-        buffers: address of the running mean's storage, to tell layers apart; 0 for none.
+        buffers: identity of the running mean, to tell layers apart; 0 for none.
         statistics: the running mean itself; None for none.
         known_as: the name that layer was given before.
         order: position among all observed forward calls.
@@ -238,12 +238,3 @@ class Row:
     previous: Row | None = None
     carried: Sequence[Tensor] = ()
     preceding: Row | None = None
-
-    def size(self) -> int:
-        """Bytes it keeps alive, roughly."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for tensors in (self.before, self.after, self.gradients)
-            for tensor in tensors
-            if tensor is not None
-        )

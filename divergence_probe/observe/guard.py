@@ -82,8 +82,13 @@ class ThreadState:
         Torch does not tell of a step that an exception ended: what it was called with is gone then.
         """
         if self.gradient and self.step is not None and self.step() is None:
-            self.gradient, self.step = self.outside, None
+            self.leave_step()
         return bool(self.gradient)
+
+    def leave_step(self) -> None:
+        """The step of ``torch.optim`` that was under way is over."""
+        if self.step is not None:
+            self.gradient, self.step = self.outside, None
 
     @property
     def transformed(self) -> bool:

@@ -26,7 +26,7 @@ from divergence_probe.observe.tensors import IDENTITIES, any_carries_graph
 from divergence_probe.record.schema import FLAGS
 
 # Asked of every parameter by C code: a loop over them costs more than all the rest.
-_shape, _is_leaf, _requires_grad = map(attrgetter, ("shape", "is_leaf", "requires_grad"))
+_shape, _is_leaf = attrgetter("shape"), attrgetter("is_leaf")
 _PLAIN = {Tensor}
 _NO_COPIES = (False, False)
 

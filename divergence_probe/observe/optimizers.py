@@ -108,14 +108,17 @@ class Optimizers:
             self._cut_short(under_way)  # it is no part of itself
         if self._passes():
             return None
+        state, under_way = self._session.guard.state, self._thread.step
+        if under_way is not None and state.step is not None:
+            return None  # in another's closure, and so part of that one's step
         alive = _Arguments(kwargs)
-        with self._session.guard.work():
-            if self._thread.step is not None:
-                self._cut_short(self._thread.step)
+        with state:
+            if under_way is not None:
+                self._cut_short(under_way)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._loops.tasks.moved(parameters)
             self.begin(optimizer, _facts(optimizer), parameters)
-            self._session.guard.state.step = weakref.ref(alive)
+            state.step = weakref.ref(alive)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self.closure(args[1]), *args[2:]), alive
         if callable(alive.get("closure")):
@@ -124,9 +127,8 @@ class Optimizers:
 
     def _cut_short(self, step: _Step) -> None:
         """An exception ended a step, of which torch does not tell: say so, and watch again."""
-        state, self._thread.step = self._session.guard.state, None
-        if state.step is not None:
-            state.gradient, state.step = state.outside, None
+        self._thread.step = None
+        self._session.guard.state.leave_step()
         self._session.unseen(
             f"An exception ended a step of {step.facts.name}, and torch does not tell how far it "
             "came: that step is not recorded."
@@ -274,7 +276,7 @@ class Optimizers:
         if waiting is None or any(parameter.grad is not None for parameter in parameters):
             return
         origins = [self._session.models.origin_of(parameter) for parameter in parameters]
-        reached = {id(t) for r in waiting.inputs if (t := r()) is not None}
+        reached = identities(waiting.inputs)
         bases = [origin for origin in origins if origin is not None and id(origin) in reached]
         if bases:
             self._session.runs_base_weights(bases, waiting.site)

@@ -17,7 +17,13 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import address_of, base_of, physical, waits_for_nothing
+from divergence_probe.observe.tensors import (
+    address_of,
+    base_of,
+    identities,
+    physical,
+    waits_for_nothing,
+)
 
 # What lies between a loss and the fast weights is one forward; a larger graph is not searched.
 _MOST_NODES = 4096
@@ -54,7 +60,7 @@ def runs_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> bool
     own = [t for r in (*task.inputs, *task.origins) if r is not None and (t := r()) is not None]
     if not all(tensor.is_leaf and all(tensor is not other for other in own) for tensor in inputs):
         return False
-    fast = {id(reference()) for reference in task.inputs if reference is not None}
+    fast = identities(task.inputs)
     return _reaches(
         loss.grad_fn,
         {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
@@ -120,7 +126,7 @@ def columns_of(pending: Pending, task: Task) -> tuple[Values, Values, int]:
     """
     width, written = len(task.known.layout.parameters), pending.base_written
     after = [written[place][0] if place in written else None for place in range(width)]
-    began = {id(tensor) for r in task.origins if (tensor := r()) is not None}
+    began = identities(task.origins)
     own = all(id(task.known.parameters[place]()) in began for place in written)
     values: Values = task.first.before if task.first is not None and own else [None] * width
     before = [values[place] if place in written else None for place in range(width)]

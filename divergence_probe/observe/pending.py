@@ -269,9 +269,9 @@ class Pending:
     def has_every_candidate(self) -> bool:
         """Whether every candidate that was right the last times at this line has been made."""
         learned = self.learned
-        if learned.confirmed < _TRUSTED or not learned.functional or learned.candidates is None:
+        if learned.confirmed < _TRUSTED or learned.discards:
             return False
-        if learned.discards:
+        if not learned.functional or learned.candidates is None:
             return False
         if len(learned.candidates) != len(self.candidates) or any(self.writes):
             return False

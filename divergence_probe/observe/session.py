@@ -432,7 +432,7 @@ class Session:
             return _BYTES_PER_BLOCK // _ROWS_AT_ONCE
         known = self._sizes.get((row.layout, row.width))
         if known is None:
-            size = 3 * row.width * bytes_of(self.models.layouts[row.layout])
+            size = 3 * row.width * _bytes_of(self.models.layouts[row.layout])
             known = max(size, _BYTES_PER_BLOCK // _ROWS_AT_ONCE)
             self._sizes[row.layout, row.width] = known
         return known
@@ -506,7 +506,7 @@ def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool
     )
 
 
-def bytes_of(layout: Layout) -> int:
+def _bytes_of(layout: Layout) -> int:
     """What one set of a layout's parameters takes."""
     return sum(
         math.prod(info.shape) * getattr(torch, info.dtype).itemsize for info in layout.parameters

@@ -180,7 +180,8 @@ def test_what_is_kept_is_bounded_whatever_the_first_row_was_like(monkeypatch):
     part = Session._part
 
     def measured(self, rows):
-        kept.append(sum(row.size() for row in rows))
+        sets = [values for row in rows for values in (row.before, row.after, row.gradients)]
+        kept.append(sum(t.numel() * t.element_size() for v in sets for t in v if t is not None))
         part(self, rows)
 
     monkeypatch.setattr(Session, "_part", measured)
@@ -259,3 +260,18 @@ def test_models_are_copied_as_without_us():
     assert made[0] is made[1] and made[0] is not net
     assert all(map(torch.equal, made[0].parameters(), net.parameters()))
     assert probe.failure is None and not hasattr(nn.Module, "__deepcopy__")
+
+
+def test_a_step_in_another_ones_closure_is_part_of_that_step():
+    net, other = nn.Linear(3, 1), nn.Linear(2, 2)
+    outer = torch.optim.SGD(net.parameters(), lr=0.1)
+    side, within = (torch.optim.SGD(other.parameters(), lr=0.1) for _ in range(2))
+
+    def closure():
+        within.step()
+        return other(torch.ones(2)).sum()
+
+    with divergence_probe.attach() as probe:
+        train(net, outer, lambda task: side.step(closure))
+    assert counted(probe) == (TASKS, TASKS * STEPS, TASKS)
+    assert not probe.diagnosis.summary.incomplete
