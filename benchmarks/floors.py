@@ -5,8 +5,9 @@ Nothing of divergence_probe runs in them. Each is a context manager that takes t
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,58 +136,149 @@ class _Hearing(TorchFunctionMode):
         return self._results[1::2]
 
 
-@contextmanager
-def tailored(net: nn.Module) -> Iterator[None]:
-    """Record by hand what a recording of ``by_hand`` holds: no more could be left out.
+class _Recorder:
+    """Records what a recording of the benchmark's loops holds, told where everything happens.
 
     Each step's weights, gradients, loss and line, the last update, the query's loss, the outer
-    step, and all their numbers. What it need not do, for it is written for that loop: find out that
-    there is a loop, how its updates are made, where its tasks begin and end, what its parameters
-    are called, whether anything is out of order; write, and judge.
+    step, and all their numbers: no more could be left out. What it need not do, for it is written
+    for these loops: find out that there is a loop, how its updates are made, where its tasks begin
+    and end, what its parameters are called, whether anything is out of order; write, and judge.
     """
-    autograd_grad, backward = torch.autograd.grad, torch.Tensor.backward
-    numbers, width = _Numbers(net), len(list(net.parameters()))
-    copied: list[Tensor] = []
-    hearing: list[_Hearing] = []
-    outer: list[Tensor] = []
+
+    def __init__(self, net: nn.Module) -> None:
+        self._parameters = list(net.parameters())
+        self._numbers = _Numbers(net)
+        self._copied: list[Tensor] = []
+        self._ends: list[Tensor] = []
+        self._hearing: list[_Hearing] = []
+        self._outer: list[Tensor] = []
+
+    def step(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
+        """A gradient was taken, of ``loss`` (a number), with respect to ``inputs``."""
+        with torch.no_grad():
+            self._copied.append(_flatten([*inputs, *gradients]))
+        self._numbers.notes.append((sys._getframe(2).f_lineno, loss))
+
+    def hear_last(self) -> None:
+        """Hear the last update of a task: no later gradient shows what it makes."""
+        if len(self._copied) == _STEPS:
+            self._hearing.append(_Hearing(len(self._parameters)))
+            self._hearing[0].__enter__()
+
+    def ended(self, weights: Sequence[Tensor]) -> None:
+        """What the last update of a task made, where that is at hand."""
+        with torch.no_grad():
+            self._ends = [_flatten(list(weights))]
+
+    def _query(self, loss: Tensor, backward: Callable[..., None], kwargs: dict[str, Any]) -> None:
+        while self._hearing:
+            heard = self._hearing.pop()
+            heard.__exit__(None, None, None)
+            self.ended(heard.updated())
+        backward(loss, **kwargs)
+        self._numbers.notes.append((sys._getframe(2).f_lineno, loss.item()))
+        starts, slopes = zip(*(both.chunk(2) for both in self._copied), strict=True)
+        for step in zip(starts, (*starts[1:], *self._ends), slopes, strict=True):
+            self._numbers.row(*step)
+        self._copied.clear()
+
+    def _before(self, *_: Any) -> None:
+        with torch.no_grad():
+            self._outer.append(
+                _flatten([*self._parameters, *(p.grad for p in self._parameters)])  # type: ignore[list-item]
+            )
+
+    def _after(self, *_: Any) -> None:
+        with torch.no_grad():
+            start, slope = self._outer.pop().chunk(2)
+            self._numbers.row(start, _flatten(list(self._parameters)), slope)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Sees the queries' backwards and the outer steps."""
+        original = torch.Tensor.backward
+        hooks = (
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        )
+        torch.Tensor.backward = lambda loss, **kwargs: self._query(loss, original, kwargs)
+        try:
+            yield
+        finally:
+            torch.Tensor.backward = original
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def tailored_by_hand(net: nn.Module) -> Iterator[None]:
+    """A recorder written for the loop by hand: :class:`_Recorder`."""
+    recorder, original = _Recorder(net), torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
-        gradients = autograd_grad(outputs, inputs, **kwargs)
-        with torch.no_grad():
-            copied.append(_flatten([*inputs, *gradients]))
-        numbers.notes.append((sys._getframe(1).f_lineno, outputs.item()))
-        if len(copied) == _STEPS:
-            hearing.append(_Hearing(width))
-            hearing[0].__enter__()
+        gradients = original(outputs, inputs, **kwargs)
+        recorder.step(inputs, gradients, outputs.item())
+        recorder.hear_last()
         return gradients
 
-    def query(self: Tensor, **kwargs: Any) -> None:
-        heard = hearing.pop()
-        heard.__exit__(None, None, None)
-        backward(self, **kwargs)
-        numbers.notes.append((sys._getframe(1).f_lineno, self.item()))
-        with torch.no_grad():
-            starts, slopes = zip(*(both.chunk(2) for both in copied), strict=True)
-            ends = [*starts[1:], _flatten(heard.updated())]
-        for step in zip(starts, ends, slopes, strict=True):
-            numbers.row(*step)
-        copied.clear()
-
-    def before(optimizer: Any, *_: Any) -> None:
-        parameters = list(net.parameters())
-        with torch.no_grad():
-            outer.append(_flatten([*parameters, *(p.grad for p in parameters)]))
-
-    def after(optimizer: Any, *_: Any) -> None:
-        with torch.no_grad():
-            start, slope = outer.pop().chunk(2)
-            numbers.row(start, _flatten(list(net.parameters())), slope)
-
-    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
-    torch.autograd.grad, torch.Tensor.backward = grad, query
+    torch.autograd.grad = grad
     try:
-        yield
+        with recorder.watching():
+            yield
     finally:
-        torch.autograd.grad, torch.Tensor.backward = autograd_grad, backward
-        for hook in hooks:
-            hook.remove()
+        torch.autograd.grad = original
+
+
+@contextmanager
+def tailored_to_higher(net: nn.Module) -> Iterator[None]:
+    """A recorder written for the loop with higher: :class:`_Recorder`."""
+    recorder, optimizer = _Recorder(net), higher.optim.DifferentiableOptimizer
+    original, steps = optimizer.step, itertools.count(1)
+
+    def step(self: Any, loss: Tensor, **kwargs: Any) -> Any:
+        seen: list[Tensor] = []
+
+        def read(gradients: list[Tensor]) -> list[Tensor]:
+            seen.extend(gradients)
+            return gradients
+
+        before = list(self._fmodel.fast_params)
+        result = original(self, loss, grad_callback=read, **kwargs)
+        recorder.step(before, seen, loss.item())
+        if next(steps) % _STEPS == 0:
+            recorder.ended(list(result))
+        return result
+
+    optimizer.step = step
+    try:
+        with recorder.watching():
+            yield
+    finally:
+        optimizer.step = original
+
+
+@contextmanager
+def tailored_to_torch_func(net: nn.Module) -> Iterator[None]:
+    """A recorder written for the loop with torch.func: :class:`_Recorder`.
+
+    It takes no losses of inner steps: they are values inside a transform, which cost more to get.
+    """
+    recorder, original = _Recorder(net), torch.func.grad
+
+    def grad(function: Callable[..., Tensor]) -> Callable[..., Any]:
+        transformed = original(function)
+
+        def gradient(weights: dict[str, Tensor]) -> Any:
+            gradients = transformed(weights)
+            recorder.step(list(weights.values()), list(gradients.values()), 0.0)
+            recorder.hear_last()
+            return gradients
+
+        return gradient
+
+    torch.func.grad = grad
+    try:
+        with recorder.watching():
+            yield
+    finally:
+        torch.func.grad = original

@@ -20,7 +20,14 @@ from pathlib import Path
 import higher
 import torch
 import torch.nn.functional as F
-from floors import PassingOn, copies_only, norms_only, tailored
+from floors import (
+    PassingOn,
+    copies_only,
+    norms_only,
+    tailored_by_hand,
+    tailored_to_higher,
+    tailored_to_torch_func,
+)
 from torch import Tensor, nn
 
 import divergence_probe
@@ -111,11 +118,13 @@ CASES = (
 
 #: name, loop, and the least a watcher could do, on the sinusoid net
 FLOORS: tuple[tuple[str, Loop, Watch], ...] = (
-    ("floor, higher: keep references, norms of 32 steps at once", with_higher, norms_only),
-    ("floor, by hand: copies of steps, norms of 32 at once", by_hand, copies_only),
-    ("floor, by hand: an empty function mode", by_hand, lambda net: PassingOn()),
-    ("floor, by hand: the same numbers, by a recorder written for that loop", by_hand, tailored),
-    ("floor, torch.func: an empty function mode", with_torch_func, lambda net: PassingOn()),
+    ("higher: keep references, norms of 32 steps at once", with_higher, norms_only),
+    ("higher: a recorder written for that loop", with_higher, tailored_to_higher),
+    ("by hand: copies of steps, norms of 32 at once", by_hand, copies_only),
+    ("by hand: an empty function mode", by_hand, lambda net: PassingOn()),
+    ("by hand: a recorder written for that loop", by_hand, tailored_by_hand),
+    ("torch.func: an empty function mode", with_torch_func, lambda net: PassingOn()),
+    ("torch.func: a recorder written for that loop", with_torch_func, tailored_to_torch_func),
 )
 
 
@@ -172,7 +181,7 @@ def main() -> None:
         "| --- | ---: | ---: | ---: |",
     ]
     cases = [(*case, divergence_probe.attach) for case in CASES]
-    floors = [(name, loop, sinusoid, 60, None, watch) for name, loop, watch in FLOORS]
+    floors = [(f"floor, {name}", loop, sinusoid, 60, None, watch) for name, loop, watch in FLOORS]
     for name, loop, make, tasks, aim, watch in (*cases, *floors):
         if arguments.only not in name:
             continue
