@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 from torch.overrides import TorchFunctionMode
 
 _flatten = torch._C._nn.flatten_dense_tensors
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _STEPS = 5
 
 
@@ -68,7 +69,7 @@ def copies_only(net: nn.Module) -> Iterator[None]:
 
     def grad(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
         gradients = original(outputs, inputs, **kwargs)
-        with torch.no_grad():
+        with _BelowAutograd():
             kept.append(_flatten([*inputs, *gradients]))
             if len(kept) >= 32:
                 sizes = [tensor.numel() for tensor in (*inputs, *gradients)]
@@ -155,7 +156,7 @@ class _Recorder:
 
     def step(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
         """A gradient was taken, of ``loss`` (a number), with respect to ``inputs``."""
-        with torch.no_grad():
+        with _BelowAutograd():
             self._copied.append(_flatten([*inputs, *gradients]))
         self._numbers.notes.append((sys._getframe(2).f_lineno, loss))
 
@@ -167,7 +168,7 @@ class _Recorder:
 
     def ended(self, weights: Sequence[Tensor]) -> None:
         """What the last update of a task made, where that is at hand."""
-        with torch.no_grad():
+        with _BelowAutograd():
             self._ends = [_flatten(list(weights))]
 
     def _query(self, loss: Tensor, backward: Callable[..., None], kwargs: dict[str, Any]) -> None:
@@ -183,13 +184,13 @@ class _Recorder:
         self._copied.clear()
 
     def _before(self, *_: Any) -> None:
-        with torch.no_grad():
+        with _BelowAutograd():
             self._outer.append(
                 _flatten([*self._parameters, *(p.grad for p in self._parameters)])  # type: ignore[list-item]
             )
 
     def _after(self, *_: Any) -> None:
-        with torch.no_grad():
+        with _BelowAutograd():
             start, slope = self._outer.pop().chunk(2)
             self._numbers.row(start, _flatten(list(self._parameters)), slope)
 

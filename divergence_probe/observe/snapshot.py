@@ -17,6 +17,9 @@ from torch import Tensor
 #: A set of more elements is kept by reference, and measured parameter by parameter.
 MOST_TOGETHER = 2**13
 _flatten = torch._C._nn.flatten_dense_tensors
+# Copying a dozen small tensors is mostly dispatch, and a quarter of that is autograd's, which has
+# nothing to note of copies nobody differentiates.
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 Values = Sequence[Tensor | None]
 
@@ -78,7 +81,8 @@ def snapshot(tensors: Values, copy: bool) -> Values:
     shapes = _small(tensors)
     if shapes is not None:
         try:
-            vector = _flatten(tensors)  # type: ignore[arg-type]
+            with _BelowAutograd():
+                vector = _flatten(tensors)  # type: ignore[arg-type]
             if len(shapes) == 1:
                 vector = vector.clone()  # a single one is not copied
             return Snapshot(vector, shapes)
@@ -101,7 +105,8 @@ def pair(
     shapes = like.shapes if isinstance(like, Snapshot) else None if like else _small(tensors)
     if shapes is not None:
         try:
-            store = _flatten([*tensors, *others])  # type: ignore[list-item]
+            with _BelowAutograd():
+                store = _flatten([*tensors, *others])  # type: ignore[list-item]
         except (RuntimeError, TypeError):
             pass  # sparse, or not all there
         else:
