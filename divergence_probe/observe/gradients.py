@@ -13,6 +13,7 @@ from torch import Tensor
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.guard import Guard, ThreadState
+from divergence_probe.observe.in_turn import Point
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.patching import FORWARDED, Patches
@@ -221,6 +222,7 @@ class _Autograd(GradientCalls):
             if self._passes():
                 return original(tensors, *args, **kwargs)
             reached: list[Tensor] = []
+            there: list[Tensor] = []
             carried: list[tuple[Tensor, Tensor]] = []
 
             def parameters() -> Sequence[Tensor]:
@@ -243,7 +245,10 @@ class _Autograd(GradientCalls):
                 result = original(tensors, *args, **kwargs)
             with self._guard.work():
                 made = [tensor.grad for tensor in reached]
-                self._loops.gradient(site, "backward", loss, reached, made, carried=carried)
+                point = Point.of(there) if self._loops.tasks.in_turn.adapted else None
+                self._loops.gradient(
+                    site, "backward", loss, reached, made, carried=carried, point=point
+                )
                 self._forensics.after(loss, parameters, None, self._names)
             return result
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards, Number
+from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, is_empty, is_whole, spread
@@ -66,6 +68,8 @@ class LoopTasks:
         self._session = session
         self._thread = thread
         self._in_place = Nesting(session)
+        self.in_turn = InTurn()
+        self.reptile = Reptile(session)
 
     def step(self, pending: Pending, update: Update) -> None:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
@@ -184,6 +188,8 @@ class LoopTasks:
         copied = self._copied_from(pending) if in_place else None
         known, positions = copied or pending.named or named(session.models, tensors, pending.before)
         own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
+        if pending.width == 1:
+            self.reptile.begins(known, positions, pending.before)
         task = session.start_task(
             known,
             _ADAPTERS[pending.function],
@@ -196,6 +202,7 @@ class LoopTasks:
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         task.origins = pending.leaves
+        self.reptile.began(task)
         if own:
             session.adapted_by_hand.add(known)
         models = session.models
@@ -236,9 +243,10 @@ class LoopTasks:
             thread.queries.append(task.forwards.loss)
         self._session.finish_task(task)
 
-    def outer_step(self) -> None:
+    def outer_step(self, known: KnownModel) -> None:
         """An optimizer moved a base: its copies that were adapted before it were inner loops."""
         self._in_place.outer_step()
+        self.reptile.stepped(known)
 
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""
@@ -256,6 +264,7 @@ class LoopTasks:
         moved = [tensor for tensor in tensors if tensor is not None]
         self.moved(moved)
         self._session.bases.difference_update(self._session.models.note_moved(moved))
+        self.reptile.stepped(known)
         self._session.outer_step(
             known,
             spread(pending.before, positions, width),
@@ -314,6 +323,7 @@ class LoopTasks:
         self.end_task()
         self.moved(moved)
         self._session.bases.difference_update(self._session.models.note_moved(moved))
+        self.reptile.stepped(task.known)
         self._session.outer_step(
             task.known,
             before,
@@ -387,7 +397,7 @@ class LoopTasks:
         task = self._thread.task
         if task is not None and not task.ended:
             return task
-        inputs = identities(pending.inputs)
+        inputs = identities(pending.inputs or pending.learned.optimizer or ())
         for task in reversed(self._session.open):
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task

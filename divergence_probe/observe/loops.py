@@ -19,6 +19,7 @@ from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
 from divergence_probe.observe.forensics.inputs import made_by
+from divergence_probe.observe.in_turn import Point
 from divergence_probe.observe.known_loops import KnownLoops
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
 from divergence_probe.observe.models import base_among
@@ -108,6 +109,7 @@ class Loops:
         gradients: Sequence[Tensor | None],
         *,
         carried: Sequence[tuple[Tensor, Tensor]] = (),
+        point: Point | None = None,
     ) -> None:
         """The gradient was taken of ``loss`` with respect to ``inputs``."""
         if len(inputs) != len(gradients):
@@ -121,6 +123,7 @@ class Loops:
         else:
             pending = self._begin(site, function, loss, inputs, gradients, forwards)
             pending.carried = [(ref(leaf), gradient) for leaf, gradient in carried]
+            pending.point = point
         self._wait_for(pending, loss, inputs, gradients)
 
     def _wait_for(

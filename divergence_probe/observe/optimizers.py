@@ -92,13 +92,14 @@ class Optimizers:
         self._thread = _Thread()
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
+        self._in_turn, self._reptile = loops.tasks.in_turn, loops.tasks.reptile
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Bases that no gradient can have reached yet: without one, their step is none.
         self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Called with the backward an outer step used, before that step is recorded.
         self.spent: list[Callable[[Pending], None]] = []
-        session.closing.append(self.close)
+        session.closing += [self.close, self._reptile.close]
         session.restoring.append(self._restored)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -257,6 +258,9 @@ class Optimizers:
         if any(map(session.models.begun, parameters)):
             known, positions = named(session.models, parameters, parameters)
             return known, positions, None, True
+        others = self._adapted_by_others(optimizer, parameters)
+        if others is not None and self._in_turn.is_outer(optimizer, others, parameters, pending):
+            return others.known, others.positions, None, True
         task = self._tasks.get(optimizer)
         if task is not None and not task.ended and _adapts(task, parameters):
             # (clones that were named by value have other values by now)
@@ -269,6 +273,14 @@ class Optimizers:
         base = known if equal else None
         moves_base = known in session.bases or known in session.adapted_by_hand
         return known, positions, base, base is None and moves_base
+
+    def _adapted_by_others(self, optimizer: Any, parameters: list[Tensor]) -> Task | None:
+        """The latest task in which another optimizer adapted these very weights, in this order."""
+        own = self._tasks.get(optimizer)
+        for task in reversed(self._nesting.tasks):
+            if task.base is None and task is not own and _adapts(task, parameters):
+                return task
+        return None
 
     def _check_base_weights(self, parameters: list[Tensor]) -> None:
         """Copies are stepped without a gradient, after a backward that went into the originals."""
@@ -286,10 +298,15 @@ class Optimizers:
         pending = self._loops.pending
         if pending is None or not (pending.function == "backward" or _was_handed(pending)):
             return None
+        if pending.written:
+            self._loops.settle()  # it has led to a step by hand
+            return None
         inputs = identities(pending.inputs)
         if inputs and inputs.isdisjoint(map(id, parameters)):
             return None
-        if pending.function == "backward":  # (a line that hands out gradients may serve others)
+        by_hand = pending.learned.functional is False
+        if pending.function == "backward" and not by_hand:
+            # (A line that hands out gradients may serve others.)
             pending.learned.optimizer = [weakref.ref(parameter) for parameter in parameters]
         return self._loops.take_pending()
 
@@ -321,10 +338,13 @@ class Optimizers:
                 for note in self.spent:
                     note(step.pending)
             for task in list(self._session.open):
-                if task.known is step.known and task.adapter == "backward":
+                if task.known is step.known and task.in_place:
                     self._session.confirm(task)  # what moved this base by hand were inner loops
+            latest = self._adapted_by_others(step.optimizer, step.parameters)
+            if latest is not None:
+                self._session.confirm(latest)
             self._loops.tasks.end_task()
-            self._loops.tasks.outer_step()
+            self._loops.tasks.outer_step(step.known)
             self._nesting.outer_step()
             self._moved.add(step.known)
             self._session.bases.difference_update(self._session.models.note_moved(step.parameters))
@@ -399,7 +419,9 @@ class Optimizers:
             self._finish(task)
         base = step.base
         declared = self._declared_inner(step)
-        confirmed = declared or self._copied_before(base)
+        confirmed = declared or self._copied_before(base) or step.known in self._in_turn.moved
+        values = spread(step.before, step.positions, len(step.known.layout.parameters))
+        self._reptile.begins(step.known, step.positions, step.before)
         task = self._session.start_task(
             step.known,
             "torch.optim",
@@ -415,13 +437,10 @@ class Optimizers:
         )
         task.positions, task.in_place = step.positions, True
         self._tasks[step.optimizer] = task
+        self._in_turn.adapted |= base is None
         self._loaded.discard(step.optimizer)
-        self._nesting.began(
-            task,
-            spread(step.before, step.positions, len(step.known.layout.parameters)),
-            step.parameters,
-            goes_on,
-        )
+        self._nesting.began(task, values, step.parameters, goes_on)
+        self._reptile.began(task)
         others = all(step.known.position(parameter) is None for parameter in step.parameters)
         if base is None and others and not task.provisional:
             self._session.models.note_begun_alike(step.known)

@@ -16,6 +16,7 @@ from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.tensors import is_number_at_hand, physical
 
 if TYPE_CHECKING:
+    from divergence_probe.observe.in_turn import Point
     from divergence_probe.observe.task import Task
 
 # How often what was learned at a line must have been right to be relied on without more evidence.
@@ -135,6 +136,7 @@ class Pending:
         origins: what its inputs were deep-copied from, where they all were.
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
         made_by: one past the number of the autograd node that made its last input; -1 a leaf.
+        point: where the leaves of a backward were, where they may be put back before it is used.
     """
 
     site: int
@@ -171,6 +173,7 @@ class Pending:
     origins: list[weakref.ref[Tensor]] | None = None
     in_the_middle: bool = False
     made_by: int = -1
+    point: Point | None = None
 
     def set_loss(self, loss: Tensor | None) -> None:
         """Note what the gradient was taken of, and its value where it is a single number."""

@@ -370,7 +370,8 @@ class Session:
             self.open.remove(task)
         if task.forwards and task.steps:
             self.query(task, task.forwards.take(), None, -1)
-        task.last = None
+        if task.last is not None:
+            task.came_to, task.last = task.last.after, None
         if task.provisional:
             return
         self.event("task-end", task, -1, steps=task.steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import Forwards, Row
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Learned
+from divergence_probe.observe.snapshot import Values
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Task:
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
         first: the row of its first step.
+        came_to: values its weights ended with, once it is over.
         recomputed: normalisation layers seen running again inside a gradient call.
         data: facts for its events.
     """
@@ -72,10 +74,16 @@ class Task:
     provisional: bool = False
     held: list[Row] = field(default_factory=list)
     first: Row | None = None
+    came_to: Values | None = None
     recomputed: set[str | None] = field(default_factory=set)
     data: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
     thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def adapted(self) -> Values | None:
+        """Values of its weights after its last step; None before it took one."""
+        return self.last.after if self.last is not None else self.came_to
 
 
 class ThreadForwards(threading.local):

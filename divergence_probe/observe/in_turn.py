@@ -1,0 +1,129 @@
+"""Two optimizers of the same weights, in turn: the inner one adapts them, the outer one moves them.
+
+First-order MAML and Reptile need no copy of the model: adapt it, put the weights back, then step
+with a gradient that was taken elsewhere (of the query at the adapted weights, or the way back from
+them). An optimizer of an ordinary loop steps with the gradient of the very weights it moves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import plain, waits_for_nothing
+
+
+@dataclass(slots=True)
+class Point:
+    """Where weights were when a gradient was taken, told by what costs nothing to keep.
+
+    Attributes:
+        versions: their counts of in-place changes, by identity.
+        sample: one weight and its first value, for ``.data`` is written to without being counted;
+            None where reading it would wait for a device.
+    """
+
+    versions: dict[int, int]
+    sample: tuple[weakref.ref[Tensor], float] | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Point:
+        """Where ``tensors`` are now."""
+        last = next((t for t in reversed(tensors) if t.grad is not None), None)
+        shows = last is not None and _shows(last)
+        sample = (weakref.ref(last), _first(last)) if last is not None and shows else None
+        return cls({id(tensor): tensor._version for tensor in tensors}, sample)
+
+    def was_left(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether any of ``tensors`` has been written to since."""
+        if self.sample is not None:
+            sampled = self.sample[0]()
+            if sampled is not None and _first(sampled) != self.sample[1]:
+                return True
+        return any(self.versions.get(id(t), t._version) != t._version for t in tensors)
+
+
+class InTurn:
+    """Tells the outer of two optimizers that move the same weights."""
+
+    def __init__(self) -> None:
+        self._outer: weakref.WeakKeyDictionary[Any, weakref.WeakSet[KnownModel]] = (
+            weakref.WeakKeyDictionary()
+        )
+        #: Whether any weights that are no copies were adapted by an optimizer.
+        self.adapted = False
+        #: Models that such an optimizer has moved: what is adapted of them in place is a task.
+        self.moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+
+    def is_outer(
+        self,
+        optimizer: Any,
+        task: Task,
+        parameters: Sequence[Tensor],
+        pending: Pending | None,
+    ) -> bool:
+        """Whether an optimizer's step is the outer one of weights that others adapt.
+
+        Args:
+            optimizer: it is about to step.
+            task: the latest in which another one adapted them.
+            parameters: what it moves.
+            pending: the backward it acts on; None where its gradients were put there by hand.
+        """
+        outer = self._outer.get(optimizer)
+        if outer is not None and task.known in outer:
+            return True
+        if not _is_back(task, parameters):
+            return False
+        if pending is None:
+            elsewhere = any(parameter.grad is not None for parameter in parameters)
+        else:
+            elsewhere = pending.point is not None and pending.point.was_left(parameters)
+        if elsewhere:
+            self._outer.setdefault(optimizer, weakref.WeakSet()).add(task.known)
+            self.moved.add(task.known)
+        return elsewhere
+
+
+def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
+    """Whether a task's own weights are these, and were put back to where it began.
+
+    Where looking would be waiting for a device: whether they were written to since its last step.
+    """
+    if task.first is None or task.adapted is None:
+        return False
+    places = range(len(task.fast))
+    own = {id(t): place for place in places if (r := task.fast[place]) and (t := r()) is not None}
+    positions = [own.get(id(parameter)) for parameter in parameters]
+    found = [
+        (p, place) for p, place in zip(parameters, positions, strict=True) if place is not None
+    ]
+    if not found:
+        return False
+    if not all(waits_for_nothing(parameter) for parameter, _ in found):
+        return any(p._version != task.versions.get(place) for p, place in found)
+    started, ended = task.first.before, task.adapted
+    back = all(_same(p, started[place]) for p, place in found)
+    return back and not all(_same(p, ended[place]) for p, place in found)
+
+
+def _same(tensor: Tensor, value: Tensor | None) -> bool:
+    return value is not None and tensor.shape == value.shape and torch.equal(tensor, value)
+
+
+def _shows(tensor: Tensor) -> bool:
+    strided = tensor.layout is torch.strided and tensor.is_floating_point()
+    return strided and waits_for_nothing(tensor) and tensor.numel() > 0
+
+
+def _first(tensor: Tensor) -> float:
+    value = plain(tensor).detach()
+    return float(value[(0,) * value.dim()])
