@@ -1,7 +1,8 @@
 """Which inner loops are recorded exactly: every cell a small real loop that knows its own truth.
 
 ``python -m tests.coverage_matrix`` runs them all and writes ``docs/coverage.md``. A loop notes, for
-each of its tasks and steps, the loss and every parameter's norm before and after; a cell is
+each of its tasks and steps, the loss and every parameter's norm before and after, and the latter
+for its outer steps, too; a cell is
 
 * ``exact`` where the recording says the same to 1e-6,
 * ``incomplete`` where something is missing and the recording itself says so,
@@ -25,7 +26,7 @@ import divergence_probe
 from divergence_probe.record.reader import Recording
 from divergence_probe.record.schema import FLAGS
 from tests.coverage_loops import by_hand, torch_functions, torch_optimizers, with_libraries
-from tests.coverage_loops.notes import Notes, Step
+from tests.coverage_loops.notes import Notes, Outer, Step
 
 TOLERANCE = 1e-6
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -100,7 +101,46 @@ def compare(notes: Notes, recording: Recording) -> Result:
                 return Result("WRONG", where + absent + ", unsaid")
             if (wrong or absent) and not missing:
                 missing = where + (wrong or absent)
+    if notes.outer_steps:
+        wrong = _outer_differences(notes.outer_steps, _recorded_outer(recording))
+        if wrong:
+            return Result("WRONG", wrong)
     return Result("incomplete", missing) if missing else Result("exact")
+
+
+def _outer_differences(noted: list[Outer], recorded: list[Outer]) -> str:
+    """The first thing that is wrong with the outer steps; they must come in the right order."""
+    begun = [step.tasks for step in noted]
+    if [step.tasks for step in recorded] != begun:
+        return f"outer steps after {[step.tasks for step in recorded]} tasks for {begun}"
+    for number, (step, row) in enumerate(zip(noted, recorded, strict=True)):
+        for what, mine, theirs in (
+            ("before", step.before, row.before),
+            ("after", step.after, row.after),
+        ):
+            theirs = _as_named(theirs, mine)
+            for name, value in mine.items():
+                other = theirs.get(name, math.nan)
+                same = math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=1e-12)
+                if not same and not (math.isnan(value) and math.isnan(other)):
+                    return f"outer step {number}: {what} {name} {other:.9g} for {value:.9g}"
+    return ""
+
+
+def _recorded_outer(recording: Recording) -> list[Outer]:
+    steps: list[Outer] = []
+    tasks: set[int] = set()
+    for block in recording.blocks():
+        names = [info.name for info in block.layout.parameters]
+        for row in range(len(block)):
+            task = int(block.scalars["task"][row])
+            if task >= 0:
+                tasks.add(task)
+            else:
+                columns = (block.parameters[name][row] for name in ("norm_before", "norm_after"))
+                before, after = (dict(zip(names, map(float, c), strict=True)) for c in columns)
+                steps.append(Outer(len(tasks), before, after))
+    return steps
 
 
 @dataclass
@@ -187,7 +227,8 @@ def page(results: dict[Cell, Result]) -> str:
         "# What is recorded exactly",
         "",
         "Written by `python -m tests.coverage_matrix`, which runs a small real loop for each row;",
-        "the loop notes its own losses and norms, and the recording is compared with them to 1e-6.",
+        "the loop notes its own losses and norms, and the recording is compared with them to 1e-6:",
+        "inner steps, and where the loop notes them outer steps, in their order among the tasks.",
         "",
         ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".",
         "",

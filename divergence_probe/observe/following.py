@@ -33,11 +33,12 @@ class Follower(TorchFunctionMode):
     """On from a gradient call until its update is complete; then it only passes through."""
 
     def __init__(
-        self, guard: Guard, elsewhere: Callable[[Pending, Tensor], None] | None = None
+        self, guard: Guard, elsewhere: Callable[[Pending, Tensor], bool] | None = None
     ) -> None:
         super().__init__()
         self._guard = guard
-        self._elsewhere = elsewhere  # told of memory no input has that was written a gradient into
+        # told of memory no input has that was written a gradient into; whether it is a base's
+        self._elsewhere = elsewhere
         self._pending: Pending | None = None
         self._gradients: list[tuple[int, weakref.ref[Tensor]]] = []
         self._recital: Recital | None = None
@@ -205,21 +206,10 @@ class Follower(TorchFunctionMode):
         if operation.foreach:
             self._foreach(pending, operation, args, kwargs, result)
             return
-        parameters = gradients = _NOTHING
-        steps: list[Tensor] = []
-        # What is overwritten does not matter to the value that comes out, only what it is made of.
-        sources = args[1:] if operation.overwrites else args
-        cut = operation.detaches or not self._guard.differentiable
-        for tensor in _tensors(sources, kwargs):
-            tag = self._tags.get(id(tensor))
-            if tag is not None and tag[0]() is tensor:
-                parameters, gradients = parameters | tag[1], gradients | tag[2]
-                cut |= bool(tag[2]) and id(tensor) in self._cut
-                steps += [tensor] * bool(tag[2])
-                for index in tag[1] & tag[2]:  # it may be an updated parameter
-                    self._used(pending, index, tensor, operation, args)
-        if operation.in_place and args and isinstance(args[0], Tensor):
-            self._written(pending, args[0], operation, parameters, gradients)
+        parameters, gradients, steps, cut = self._taken(pending, operation, args, kwargs)
+        in_place = operation.in_place and args and isinstance(args[0], Tensor)
+        if in_place and self._written(pending, args[0], operation, parameters, gradients):
+            return
         if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
             return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
@@ -235,6 +225,30 @@ class Follower(TorchFunctionMode):
             self._made(pending, tensor, parameters, gradients)
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
+
+    def _taken(
+        self, pending: Pending, operation: Operation, args: Any, kwargs: Any
+    ) -> tuple[frozenset[int], frozenset[int], list[Tensor], bool]:
+        """What an operation takes.
+
+        Returns:
+            Of which parameters, of which gradients, the tensors with gradient in them, and whether
+            that is detached from the graph.
+        """
+        parameters = gradients = _NOTHING
+        steps: list[Tensor] = []
+        # What is overwritten does not matter to the value that comes out, only what it is made of.
+        sources = args[1:] if operation.overwrites else args
+        cut = operation.detaches or not self._guard.differentiable
+        for tensor in _tensors(sources, kwargs):
+            tag = self._tags.get(id(tensor))
+            if tag is not None and tag[0]() is tensor:
+                parameters, gradients = parameters | tag[1], gradients | tag[2]
+                cut |= bool(tag[2]) and id(tensor) in self._cut
+                steps += [tensor] * bool(tag[2])
+                for index in tag[1] & tag[2]:  # it may be an updated parameter
+                    self._used(pending, index, tensor, operation, args)
+        return parameters, gradients, steps, cut
 
     def _is_activation(
         self, pending: Pending, operation: Operation, parameters: frozenset[int]
@@ -297,8 +311,13 @@ class Follower(TorchFunctionMode):
         operation: Operation,
         parameters: frozenset[int],
         gradients: frozenset[int],
-    ) -> None:
-        """``target`` was overwritten: an update if its memory is a parameter's."""
+    ) -> bool:
+        """``target`` was overwritten: an update if its memory is a parameter's.
+
+        Returns:
+            Whether it is a base's, moved by what its task came to: what is made of that from now on
+            (the clones of the next task) is no update of this one.
+        """
         index = pending.is_input(target) if operation.name == "data.__set__" else None
         if index is None:
             index = self._parameter_at(pending, target)
@@ -309,9 +328,12 @@ class Follower(TorchFunctionMode):
             parameter = pending.inputs[index]()
             if parameter is not None:
                 pending.versions[index] = parameter._version
-        if index is None and gradients and self._elsewhere is not None:
-            self._elsewhere(pending, target)
+        elsewhere = index is None and gradients and self._elsewhere is not None
+        if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
+            self._tags.pop(id(target), None)
+            return True
         self._tag(target, parameters, gradients)
+        return False
 
     def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:
         """Whose memory ``target`` is; several parameters may be views of one vector."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
@@ -33,6 +34,7 @@ from divergence_probe.observe.tensors import (
     identities,
     physical,
     references,
+    waits_for_nothing,
     was_left_alone,
 )
 from divergence_probe.record.schema import FLAGS
@@ -93,6 +95,8 @@ class LoopTasks:
             values, flags = [None] * len(values), flags | FLAGS["incomplete"]
         self.record(task, pending, values, flags, update.tensors)
         if update.in_place:
+            if task.data.get("writes_base") and (task.steps > 1 or not _goes_up(pending, values)):
+                self._session.adapted_by_hand.add(task.known)
             task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
 
     def record(
@@ -203,8 +207,6 @@ class LoopTasks:
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         task.origins = pending.leaves
         self.reptile.began(task)
-        if own:
-            session.adapted_by_hand.add(known)
         models = session.models
         if not in_place and pending.width == 1 and not pending.restarts:
             for tensor in tensors:
@@ -285,18 +287,23 @@ class LoopTasks:
         if thread.waiting:
             thread.waiting = [waiting for waiting in thread.waiting if not waiting.reached(tensors)]
 
-    def wrote_elsewhere(self, pending: Pending, target: Tensor) -> None:
+    def wrote_elsewhere(self, pending: Pending, target: Tensor) -> bool:
         """A gradient went into memory of none of its inputs: an outer step, if it is a base's.
 
         So first order MAML steps by hand: the gradient is that of the adapted weights.
+
+        Returns:
+            Whether it is a base's.
         """
         if pending.base is None:
             task = self._adapting(pending)
-            pending.base = outer_steps.memory_of(task.known) if task is not None else {}
+            known = task.known if task is not None else pending.named and pending.named[0]
+            pending.base = outer_steps.memory_of(known) if known else {}
         place = pending.base.get(address_of(target))
         if place is not None:
             value = physical(target)[0].detach().clone()
             pending.base_written[place] = value, self._session.sites.here()
+        return place is not None
 
     def _adapting(self, pending: Pending) -> Task | None:
         """The task whose adapted weights a gradient was taken of (they may be gone by now)."""
@@ -323,7 +330,7 @@ class LoopTasks:
         self.end_task()
         self.moved(moved)
         self._session.bases.difference_update(self._session.models.note_moved(moved))
-        self.reptile.stepped(task.known)
+        self.reptile.stepped(task.known, always=False)  # (or so it was heard this time)
         self._session.outer_step(
             task.known,
             before,
@@ -402,3 +409,19 @@ class LoopTasks:
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task
         return None
+
+
+def _goes_up(pending: Pending, values: Values) -> bool:
+    """Whether an update goes up its own gradient, looked at only where that waits for nothing.
+
+    One such step in a base's own weights disturbs them (sharpness-aware minimisation, say); an
+    inner loop goes down, or goes on.
+    """
+    climb = 0.0
+    for before, after, gradient in zip(pending.before, values, pending.gradients, strict=True):
+        if after is None or gradient is None or not waits_for_nothing(gradient):
+            continue
+        alike = gradient.shape == before.shape == after.shape and gradient.is_floating_point()
+        if alike and gradient.layout is torch.strided:
+            climb += float(((after - before) * gradient).sum())
+    return climb > 0

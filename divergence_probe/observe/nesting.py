@@ -18,9 +18,9 @@ from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import is_fresh
 
-# Ordinary training may touch its weights between steps (clamping, averaging); after single steps
-# that says nothing, after several equal runs of steps it is a loop around a loop.
-_STEPS_A_RUN = 2
+#: Ordinary training may touch its weights between steps (clamping, averaging); after single steps
+#: that says nothing, after several equal runs of so many steps it is a loop around a loop.
+STEPS_A_RUN = 2
 _EQUAL_RUNS = 2
 
 
@@ -101,7 +101,7 @@ class Nesting:
         if any(task is other for task in tasks[-_EQUAL_RUNS:] for other in self._goes_on):
             return []  # phases of one training, each with an optimizer of its own
         runs = [task.steps for task in tasks[-1 - _EQUAL_RUNS : -1]]
-        if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= _STEPS_A_RUN:
+        if len(runs) == _EQUAL_RUNS and len(set(runs)) == 1 and runs[0] >= STEPS_A_RUN:
             for task in tasks[-1 - _EQUAL_RUNS :]:
                 task.data["moved_on"] = True  # nothing starts over: what else goes on may, too
             return tasks[-1 - _EQUAL_RUNS :]
@@ -113,7 +113,7 @@ class Nesting:
         (The first of all often begins with the values its model was made with, not yet reset.)
         """
         while position > 0 and tasks[position] not in self._goes_on:
-            if not _STEPS_A_RUN <= tasks[position].steps == tasks[position - 1].steps:
+            if not STEPS_A_RUN <= tasks[position].steps == tasks[position - 1].steps:
                 break
             position -= 1
         return position

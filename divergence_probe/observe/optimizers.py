@@ -338,7 +338,8 @@ class Optimizers:
                 for note in self.spent:
                     note(step.pending)
             for task in list(self._session.open):
-                if task.known is step.known and task.in_place:
+                by_hand = task.in_place and task.known in self._session.adapted_by_hand
+                if by_hand and task.known is step.known:
                     self._session.confirm(task)  # what moved this base by hand were inner loops
             latest = self._adapted_by_others(step.optimizer, step.parameters)
             if latest is not None:

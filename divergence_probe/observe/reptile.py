@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.nesting import STEPS_A_RUN
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import (
     MOST_TOGETHER,
@@ -106,10 +107,11 @@ class Reptile:
             weakref.WeakKeyDictionary()
         )
 
-    def stepped(self, known: KnownModel) -> None:
-        """Another outer step of a base was seen: that is what moves it."""
+    def stepped(self, known: KnownModel, always: bool = True) -> None:
+        """Another outer step of a base was seen; and that is ``always`` what moves it."""
         self._bases.pop(known, None)
-        self._stepped.add(known)
+        if always:
+            self._stepped.add(known)
 
     def begins(self, known: KnownModel, positions: list[int], values: Values) -> None:
         """A task is about to begin on a base with ``values`` at ``positions``.
@@ -153,7 +155,10 @@ class Reptile:
         waiting = self._waiting.pop(known, None)
         if not _comparable(base.start, values) or not base.led_to(values):
             return
-        if any(task.provisional and task.base is None for task in base.provisional):
+        ordinary = [task for task in base.provisional if task.provisional and task.base is None]
+        if any(task.steps < STEPS_A_RUN for task in ordinary):
+            return
+        if ordinary:
             if waiting is None:
                 self._waiting[known] = base, values
                 return
@@ -183,9 +188,13 @@ def _are_at_hand(values: Sequence[Tensor]) -> bool:
     """Whether values can be computed with, and looked at without waiting for a device."""
     if isinstance(values, Snapshot):
         return waits_for_nothing(values.store) and values.store.is_floating_point()
-    return bool(values) and are_plain(values) and all(
-        value.layout is torch.strided and waits_for_nothing(value) and value.is_floating_point()
-        for value in values
+    return (
+        bool(values)
+        and are_plain(values)
+        and all(
+            value.layout is torch.strided and waits_for_nothing(value) and value.is_floating_point()
+            for value in values
+        )
     )
 
 

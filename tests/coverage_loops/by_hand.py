@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -366,7 +366,7 @@ def called_functionally(notes: Notes, second: bool) -> None:
                 fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), gradients, strict=True)}
                 notes.step(loss, before, fast)
             F.mse_loss(functional_call(net, fast, (x,)), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 class Tied(nn.Module):
@@ -396,7 +396,7 @@ def tied(notes: Notes, second: bool) -> None:
             fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), gradients, strict=True)}
             notes.step(loss, before, fast)
         F.mse_loss(functional_call(net, fast, (x,)), x).backward()
-    outer.step()
+    notes.outer(named(net), outer.step)
 
 
 def head_only(notes: Notes, second: bool) -> None:
@@ -417,7 +417,7 @@ def head_only(notes: Notes, second: bool) -> None:
                 head = [p - RATE * g for p, g in each(head, gradients)]
                 notes.step(loss, before, dict(zip(NAMES[2:], head, strict=True)))
             F.mse_loss(F.linear(features, *head), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def learned_rate(notes: Notes) -> None:
@@ -438,7 +438,7 @@ def learned_rate(notes: Notes) -> None:
                 fast = [p - rate * g for p, g in each(fast, gradients)]
                 notes.step(loss, before, fast)
             F.mse_loss(forward(fast, x), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def unequal_lengths(notes: Notes) -> None:
@@ -457,7 +457,7 @@ def unequal_lengths(notes: Notes) -> None:
             notes.step(loss, before, fast)
         outer.zero_grad()
         F.mse_loss(forward(fast, x), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def many_tasks(notes: Notes) -> None:
@@ -473,7 +473,7 @@ def many_tasks(notes: Notes) -> None:
         fast = [p - RATE * g for p, g in each(list(net.parameters()), gradients)]
         notes.step(loss, before, fast)
         F.mse_loss(forward(fast, x), y).backward()
-    outer.step()
+    notes.outer(named(net), outer.step)
 
 
 def outer_by_hand(notes: Notes) -> None:
@@ -493,9 +493,13 @@ def outer_by_hand(notes: Notes) -> None:
                 notes.step(loss, before, fast)
             queries.append(F.mse_loss(forward(fast, x), y))
         meta = torch.autograd.grad(torch.stack(queries).mean(), base)
-        with torch.no_grad():
-            for p, g in each(base, meta):
-                p.sub_(g, alpha=0.1)
+        notes.outer(base, partial(_move, base, meta))
+
+
+def _move(base: list[Tensor], gradients: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for p, g in each(base, gradients):
+            p.sub_(g, alpha=0.1)
 
 
 Cell = Callable[[Notes], None]

@@ -26,10 +26,24 @@ class Step:
 
 
 @dataclass
+class Outer:
+    """One outer step: how many tasks had begun, and every parameter's norm before and after."""
+
+    tasks: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass
 class Notes:
-    """The tasks of a run in order, each a list of its steps."""
+    """The tasks of a run in order, each a list of its steps, and its outer steps.
+
+    ``alive`` are models that live until the end of the run, as a script's do.
+    """
 
     tasks: list[list[Step]] = field(default_factory=list)
+    outer_steps: list[Outer] = field(default_factory=list)
+    alive: list[nn.Module] = field(default_factory=list)
 
     def task(self) -> None:
         """A task begins."""
@@ -49,6 +63,14 @@ class Notes:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             value = float(loss.detach())
         self.tasks[-1].append(Step(value, before, self.values(after)))
+
+    def outer(
+        self, parameters: Mapping[str, Tensor] | Sequence[Tensor], step: Callable[[], object]
+    ) -> None:
+        """Take an outer step of the base's parameters."""
+        before = self.values(parameters)
+        step()
+        self.outer_steps.append(Outer(len(self.tasks), before, self.values(parameters)))
 
 
 class Net(nn.Module):
@@ -103,7 +125,7 @@ def functional_loop(notes: Notes, update: Update, second_order: bool) -> None:
             query = F.mse_loss(forward(fast, x), y)
             if query.requires_grad:
                 query.backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def in_place_loop(notes: Notes, update: Callable[[nn.Module, Tensor], None]) -> None:
@@ -121,7 +143,7 @@ def in_place_loop(notes: Notes, update: Callable[[nn.Module, Tensor], None]) -> 
                 update(learner, loss)
                 notes.step(loss, before, named(learner))
             first_order_outer(net, learner, F.mse_loss(learner(x), y))
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def first_order_outer(net: nn.Module, learner: nn.Module, query: Tensor) -> None:

@@ -32,7 +32,7 @@ def _outer(notes: Notes, adapt: Callable[[Net, Weights, Tensor, Tensor], Weights
                 fast = adapt(net, fast, x, y)
                 notes.step(loss, before, fast)
             F.mse_loss(functional_call(net, fast, (x,)), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def _loss(net: Net, weights: Weights, x: Tensor, y: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def _higher_loop(
                 if leaves_graph:
                     query.backward()
         if leaves_graph:
-            outer.step()
+            notes.outer(named(net), outer.step)
 
 
 class _Patched:
@@ -96,6 +96,7 @@ def _meta_optimizer(notes: Notes, make: Callable[..., Any], by: str) -> None:
     import torchopt
 
     net = Net(batch_norm=True)
+    base = named(net)  # what the outer optimizer moves: a state by copy is put back as clones
     inner = make(net)
     outer = torchopt.Adam(net.parameters(), lr=1e-3)
     for _ in range(2):
@@ -115,7 +116,7 @@ def _meta_optimizer(notes: Notes, make: Callable[..., Any], by: str) -> None:
             torchopt.recover_state_dict(inner, state)
         outer.zero_grad()
         torch.stack(queries).mean().backward()
-        outer.step()
+        notes.outer(base, outer.step)
         torchopt.stop_gradient(net)
         torchopt.stop_gradient(inner)
 
@@ -141,7 +142,7 @@ def _functional_optimizer(notes: Notes, make: Callable[..., Any], second: bool) 
                 fast = torchopt.apply_updates(fast, updates, inplace=False)
                 notes.step(loss, before, fast)
             F.mse_loss(forward(fast, x), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def _wrapped_functional(notes: Notes) -> None:
@@ -162,7 +163,7 @@ def _wrapped_functional(notes: Notes) -> None:
                 fast = inner.step(loss, fast)
                 notes.step(loss, before, fast)
             F.mse_loss(forward(fast, x), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def _functional_in_torch_func(notes: Notes) -> None:
@@ -240,7 +241,7 @@ def _learners(notes: Notes, make: Callable[..., Any], nested: bool = False) -> N
                 clone = clone.clone()
                 _adapt(notes, clone, x, y)
             F.mse_loss(clone(x), y).backward()
-        outer.step()
+        notes.outer(named(net), outer.step)
 
 
 def _adapt(notes: Notes, clone: Any, x: Tensor, y: Tensor) -> None:
