@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards, Number
+from divergence_probe.observe.disturbances import goes_up, is_undone
 from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -34,7 +34,6 @@ from divergence_probe.observe.tensors import (
     identities,
     physical,
     references,
-    waits_for_nothing,
     was_left_alone,
 )
 from divergence_probe.record.schema import FLAGS
@@ -82,7 +81,10 @@ class LoopTasks:
             return
         task = pending.task
         if task is None or task.ended or task is not thread.task:
-            task = self.start(pending, update.in_place)
+            doubtful = update.in_place and goes_up(pending, update.values)
+            task = self.start(pending, update.in_place, doubtful)
+        elif task.doubtful:
+            self._stands(task)
         flags = pending.flags
         flags |= 0 if update.certain else FLAGS["uncertain"]
         flags |= 0 if update.complete else FLAGS["incomplete"]
@@ -95,8 +97,6 @@ class LoopTasks:
             values, flags = [None] * len(values), flags | FLAGS["incomplete"]
         self.record(task, pending, values, flags, update.tensors)
         if update.in_place:
-            if task.data.get("writes_base") and (task.steps > 1 or not _goes_up(pending, values)):
-                self._session.adapted_by_hand.add(task.known)
             task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
 
     def record(
@@ -183,8 +183,11 @@ class LoopTasks:
         inputs = [tensor for r in pending.inputs if (tensor := r()) is not None]
         return any(physical(tensor)[0].data_ptr() in left for tensor in inputs)
 
-    def start(self, pending: Pending, in_place: bool) -> Task:
-        """A task begins with the step that ``pending`` is the gradient of."""
+    def start(self, pending: Pending, in_place: bool, doubtful: bool = False) -> Task:
+        """A task begins with the step that ``pending`` is the gradient of.
+
+        Where it is ``doubtful``, that may be undone: see :mod:`.disturbances`.
+        """
         session, thread = self._session, self._thread
         self.end_task()
         self.settle_waiting()
@@ -192,7 +195,7 @@ class LoopTasks:
         copied = self._copied_from(pending) if in_place else None
         known, positions = copied or pending.named or named(session.models, tensors, pending.before)
         own = in_place and any(t is not None and known.position(t) is not None for t in tensors)
-        if pending.width == 1:
+        if pending.width == 1 and not doubtful:
             self.reptile.begins(known, positions, pending.before)
         task = session.start_task(
             known,
@@ -200,13 +203,14 @@ class LoopTasks:
             pending.site,
             width=pending.width,
             base=None if own else known,
-            provisional=own or copied is not None,
+            provisional=own or copied is not None or doubtful,
             in_place=in_place,
             writes_base=own,
+            copied=copied is not None,
         )
         task.positions, task.in_place, task.learned = positions, in_place, pending.learned
         task.origins = pending.leaves
-        self.reptile.began(task)
+        task.doubtful = doubtful
         models = session.models
         if not in_place and pending.width == 1 and not pending.restarts:
             for tensor in tensors:
@@ -221,7 +225,36 @@ class LoopTasks:
         if not own and copied is None and clones:
             models.note_begun_alike(known)
         thread.task = task
-        self._in_place.began(task, pending.before, tensors)
+        if not doubtful:
+            self.reptile.began(task)
+            self._began_in_place(task, pending.before, tensors)
+        return task
+
+    def _began_in_place(
+        self, task: Task, before: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+    ) -> None:
+        if task.data["writes_base"]:
+            self._session.adapted_by_hand.add(task.known)
+        self._in_place.began(task, before, tensors)
+
+    def _stands(self, task: Task) -> None:
+        """A doubtful task went on, or ended: what it did was meant."""
+        task.doubtful = False
+        if not (task.data["writes_base"] or task.data["copied"]):
+            self._session.confirm(task)
+        if task.first is not None:
+            self._began_in_place(task, task.first.before, [t() if t else None for t in task.fast])
+
+    def undone(self, parameters: Sequence[Tensor]) -> Task | None:
+        """The task that only disturbed an optimizer's parameters: they are back.
+
+        It was none, and is forgotten.
+        """
+        task = self._thread.task
+        if task is None or not task.doubtful or not is_undone(task, parameters):
+            return None
+        self._thread.task = None
+        self._session.discard(task)
         return task
 
     def _copied_from(self, pending: Pending) -> tuple[KnownModel, list[int]] | None:
@@ -237,6 +270,8 @@ class LoopTasks:
         task, thread.task = thread.task, None
         if task is None or task.ended:
             return
+        if task.doubtful:
+            self._stands(task)
         if task.learned is not None:
             task.learned.task_took(task.steps)
         restarts.drop_if_written(task)
@@ -409,19 +444,3 @@ class LoopTasks:
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task
         return None
-
-
-def _goes_up(pending: Pending, values: Values) -> bool:
-    """Whether an update goes up its own gradient, looked at only where that waits for nothing.
-
-    One such step in a base's own weights disturbs them (sharpness-aware minimisation, say); an
-    inner loop goes down, or goes on.
-    """
-    climb = 0.0
-    for before, after, gradient in zip(pending.before, values, pending.gradients, strict=True):
-        if after is None or gradient is None or not waits_for_nothing(gradient):
-            continue
-        alike = gradient.shape == before.shape == after.shape and gradient.is_floating_point()
-        if alike and gradient.layout is torch.strided:
-            climb += float(((after - before) * gradient).sum())
-    return climb > 0

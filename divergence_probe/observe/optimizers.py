@@ -32,7 +32,15 @@ from divergence_probe.observe.optimizer_facts import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, are_equal, is_empty, pair, snapshot, spread
+from divergence_probe.observe.snapshot import (
+    Values,
+    are_equal,
+    gathered,
+    is_empty,
+    pair,
+    snapshot,
+    spread,
+)
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import identities, waits_for_nothing, was_left_alone
 
@@ -69,6 +77,7 @@ class _Step:
     positions: list[int]
     outer: bool
     base: KnownModel | None
+    disturbed: Task | None = None
     carried: Carried = field(default_factory=Carried)
     goes_on: Task | None = None
 
@@ -204,6 +213,7 @@ class Optimizers:
 
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> _Step:
         pending = self._consumed(parameters)
+        disturbed = self._loops.tasks.undone(parameters)
         moved = self._base_of(parameters)
         base: KnownModel | None = None
         if moved is not None:
@@ -231,6 +241,7 @@ class Optimizers:
             positions,
             outer,
             base,
+            disturbed,
         )
         if not outer:
             step.goes_on = self._going_on(step)
@@ -450,6 +461,10 @@ class Optimizers:
     def _unchanged(self, task: Task, step: _Step) -> bool:
         if task.last is None:
             return True
+        if step.disturbed is not None and step.disturbed.first is not None:
+            # Where they were before that: to put them back is not exact.
+            found = gathered(step.disturbed.first.before, step.positions)
+            return all(map(_same, found, gathered(task.last.after, step.positions)))
         if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
         return all(
@@ -536,6 +551,11 @@ class Optimizers:
         for task in list(self._tasks.values()):
             if not task.ended:
                 self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+
+
+def _same(value: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two values are equal (None is no other)."""
+    return value is None or other is None or torch.equal(value, other)
 
 
 def _was_handed(pending: Pending) -> bool:

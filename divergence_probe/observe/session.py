@@ -381,6 +381,12 @@ class Session:
         if self.eager or time.perf_counter() - self._flushed > self._pause:
             self.flush()
 
+    def discard(self, task: Task) -> None:
+        """A provisional task turned out to be none."""
+        task.ended, task.held = True, []
+        if task in self.open:
+            self.open.remove(task)
+
     def end_tasks(self) -> None:
         """Every task ends here, by the user's word."""
         for closing in self.closing:

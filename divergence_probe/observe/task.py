@@ -44,6 +44,7 @@ class Task:
         learned: what is known of the line its gradients are taken at.
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
+        doubtful: whether its only step may be undone before the real one is taken.
         first: the row of its first step.
         came_to: values its weights ended with, once it is over.
         recomputed: normalisation layers seen running again inside a gradient call.
@@ -73,6 +74,7 @@ class Task:
     learned: Learned | None = None
     provisional: bool = False
     held: list[Row] = field(default_factory=list)
+    doubtful: bool = False
     first: Row | None = None
     came_to: Values | None = None
     recomputed: set[str | None] = field(default_factory=set)

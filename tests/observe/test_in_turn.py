@@ -177,3 +177,78 @@ def test_no_outer_step_where_weights_are_moved_by_their_own_gradient(loop):
     summary, _ = diagnosed(network(), loop)
 
     assert summary.outer_steps == 0
+
+
+class SharpnessAware:
+    """Up the gradient, the gradient there, back again, and down with that."""
+
+    def __init__(self, parameters, exactly):
+        self.parameters, self.exactly = list(parameters), exactly
+        self.base = torch.optim.SGD(self.parameters, lr=0.05)
+
+    @torch.no_grad()
+    def disturb(self):
+        self.old = [p.detach().clone() for p in self.parameters]
+        self.moves = [0.05 * p.grad / (p.grad.norm() + 1e-12) for p in self.parameters]
+        for p, move in zip(self.parameters, self.moves, strict=True):
+            p.add_(move)
+
+    @torch.no_grad()
+    def step(self):
+        for p, old, move in zip(self.parameters, self.old, self.moves, strict=True):
+            if self.exactly:
+                p.data = old
+            else:
+                p.sub_(move)
+        self.base.step()
+
+
+@pytest.mark.parametrize("exactly", [True, False], ids=["restored", "subtracted"])
+def test_sharpness_aware_inner_steps(exactly):
+    """Weights that are disturbed by hand and put back begin no task and are no step."""
+
+    def run(net):
+        outer = with_optimizer(net)
+        for _ in range(ROUNDS):
+            learner = copy.deepcopy(net)
+            inner = SharpnessAware(learner.parameters(), exactly)
+            for _ in range(STEPS):
+                backward(learner)
+                inner.disturb()
+                backward(learner)
+                inner.step()
+            gradients = torch.autograd.grad(loss_of(learner), list(learner.parameters()))
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            outer.step()
+
+    summary, found = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS
+    assert "BASE001" not in found
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["in place", "on copies"])
+def test_an_adversarys_steps_up_are_steps(own):
+    def run(net):
+        outer = with_optimizer(net)
+        for _ in range(ROUNDS):
+            start = copy.deepcopy(net.state_dict())
+            learner = net if own else copy.deepcopy(net)
+            for _ in range(STEPS):
+                backward(learner)
+                with torch.no_grad():
+                    for p in learner.parameters():
+                        p += 0.01 * p.grad
+            backward(learner)
+            gradients = [p.grad for p in learner.parameters()]
+            net.load_state_dict(start)
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            outer.step()
+
+    summary, _ = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS
