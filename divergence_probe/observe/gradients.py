@@ -231,11 +231,11 @@ class _Autograd(GradientCalls):
             with self._guard.work():
                 site, loss = self._session.sites.here(), first_tensor(tensors)
                 stepped = self._loops.learned_at(site).optimizer
-                if stepped is None:
-                    reached = self._reached(tensors, kwargs.get("inputs"))
-                    there = reached
-                else:  # an optimizer takes the step: its hooks see the parameters themselves
+                if stepped is not None:  # an optimizer's hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]
+                if stepped is None or (not there and self._loops.is_open):
+                    # (That optimizer is gone; the next one may learn from what tasks came to.)
+                    there = reached = self._reached(tensors, kwargs.get("inputs"))
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]
                 # the optimizer known at this line may have been the task before's, now gone
                 adds = not there or any(_is_nonzero(gradient) for _, gradient in carried)

@@ -421,6 +421,8 @@ class LoopTasks:
         inputs = [reference() for reference in pending.inputs]
         if pending.flags & FLAGS["second_order"] or any(tensor is None for tensor in inputs):
             return  # (what a transform wrapped for the call is gone, and its point with it)
+        if not inputs:
+            return  # an optimizer's: its leaves were not looked for, but it does step
         if not isinstance(loss, float):
             return  # it would be waited for, or is that of several tasks
         # An optimizer that was handed this gradient counts its write, also where nothing moved.

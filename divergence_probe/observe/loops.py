@@ -66,6 +66,12 @@ class Loops:
         """The gradient this thread waits to see the update of."""
         return self._thread.pending
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread is in, or was last in, a task that makes new tensors."""
+        task = self._thread.task
+        return task is not None and not task.in_place
+
     def learned_at(self, site: int) -> Learned:
         """What is known of the gradients taken at a line."""
         learned = self._learned.get(site)
@@ -256,7 +262,7 @@ class Loops:
             both = zip(inputs, bases, strict=True)
             pending.leaves = [ref(tensor if base is None else base) for tensor, base in both]
             if task is not None:
-                pending.through = outer_steps.runs_through(pending, task, inputs)
+                outer_steps.note_through(pending, task, inputs)
             origins = models.origins_of(inputs)
             pending.origins = list(map(ref, origins)) if origins is not None else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]

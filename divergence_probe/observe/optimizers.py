@@ -103,6 +103,7 @@ class Optimizers:
         self._nesting = Nesting(session)
         self._in_turn, self._reptile = loops.tasks.in_turn, loops.tasks.reptile
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._through: weakref.WeakSet[Any] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Bases that no gradient can have reached yet: without one, their step is none.
         self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
@@ -126,8 +127,8 @@ class Optimizers:
             if under_way is not None:
                 self._cut_short(under_way)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._loops.tasks.moved(parameters)
             self.begin(optimizer, _facts(optimizer), parameters)
+            self._loops.tasks.moved(parameters)
             state.step = weakref.ref(alive)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self.closure(args[1]), *args[2:]), alive
@@ -269,6 +270,9 @@ class Optimizers:
         if any(map(session.models.begun, parameters)):
             known, positions = named(session.models, parameters, parameters)
             return known, positions, None, True
+        if self._goes_through_tasks(optimizer, pending):
+            known, positions = named(session.models, parameters, parameters)
+            return known, positions, None, True
         others = self._adapted_by_others(optimizer, parameters)
         if others is not None and self._in_turn.is_outer(optimizer, others, parameters, pending):
             return others.known, others.positions, None, True
@@ -284,6 +288,17 @@ class Optimizers:
         base = known if equal else None
         moves_base = known in session.bases or known in session.adapted_by_hand
         return known, positions, base, base is None and moves_base
+
+    def _goes_through_tasks(self, optimizer: Any, pending: Pending | None) -> bool:
+        """Whether an optimizer's gradient comes through what tasks made, whatever it moves.
+
+        (Learned rates, a network around the weights that adapt, a learned optimizer.) Its leaves
+        are looked for the first time only: it is an outer optimizer then, for good.
+        """
+        if pending is not None and pending.through_task:
+            pending.through = False  # this is the step it led to
+            self._through.add(optimizer)
+        return optimizer in self._through
 
     def _adapted_by_others(self, optimizer: Any, parameters: list[Tensor]) -> Task | None:
         """The latest task in which another optimizer adapted these very weights, in this order."""

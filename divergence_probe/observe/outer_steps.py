@@ -44,28 +44,35 @@ def is_one(pending: Pending, update: Update) -> bool:
     )
 
 
-def runs_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> bool:
-    """Whether the loss of a gradient was computed with a task's fast weights, by its graph.
+def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None:
+    """Note whether the loss of a gradient was computed with a task's fast weights, by its graph.
 
     It leads to them, or on to what the task began from (where they are gone already).
 
     Args:
         pending: the gradient, whose loss is still alive.
         task: which was adapted before it.
-        inputs: what it was taken of: leaves, and none of the task's own.
+        inputs: what it was taken of. A backward may reach the task's own leaves, too; else all are
+            others', or it is no step of theirs.
     """
     loss = pending.loss_of() if pending.loss_of is not None else None
     if loss is None or pending.width > 1 or task.ended or task.in_place or not task.steps:
-        return False  # (two nets that are trained in place, in turn, run through each other)
+        return  # (two nets that are trained in place, in turn, run through each other)
     own = [t for r in (*task.inputs, *task.origins) if r is not None and (t := r()) is not None]
-    if not all(tensor.is_leaf and all(tensor is not other for other in own) for tensor in inputs):
-        return False
+    ids = set(map(id, own))
+    others = [tensor for tensor in inputs if id(tensor) not in ids]
+    alone = len(others) == len(inputs)
+    if not others or not all(tensor.is_leaf for tensor in inputs):
+        return
+    if not alone and pending.function != "backward":
+        return
     fast = identities(task.inputs)
-    return _reaches(
+    pending.through_task = _reaches(
         loss.grad_fn,
         {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
         {id(tensor) for tensor in own if tensor.is_leaf and id(tensor) not in fast},
     )
+    pending.through = alone and pending.through_task
 
 
 def _reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:

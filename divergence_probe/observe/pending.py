@@ -129,6 +129,7 @@ class Pending:
         leaves: what its inputs are, or were cloned from, where it goes on with no task.
         through: whether its loss was computed with the fast weights of a task, and it is of other
             leaves: the gradient of who looks ahead at what a task makes of another's weights.
+        through_task: the same, where it is of such leaves among others.
         base: the tensors a base has at its positions, where its memory was asked for.
         base_written: by position in it, what was written with the gradient into a base that it was
             not taken of, and the line that did.
@@ -167,6 +168,7 @@ class Pending:
     of_base: bool = False
     leaves: list[weakref.ref[Tensor]] = field(default_factory=list)
     through: bool = False
+    through_task: bool = False
     base: dict[int, int] | None = None
     base_written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     restarts: bool = False

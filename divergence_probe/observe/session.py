@@ -102,6 +102,7 @@ class Session:
         self._pause = _SECONDS_PER_BLOCK
         self._indices = itertools.count()
         self._rows: list[Row] = []
+        self._aside: list[Row] = []
         self._parts: list[Block] = []
         self._measured_rows = 0
         self._room = _BYTES_PER_BLOCK
@@ -410,16 +411,29 @@ class Session:
                 self._hold(task, row)
                 return
         with self._lock:
-            if row.layout != self._layout:
-                if self._rows:
-                    self.flush()
-                self._layout = row.layout
+            if row.layout != self._layout and self._rows:
+                if task is None:  # learned rates, or what is around the weights that adapt
+                    self._set_aside(row)
+                    return
+                self.flush()
+            self._layout = row.layout
             self._rows.append(row)
             self._room -= self._room_of(row)
             if self.eager or _alarming(row.loss):
                 self.flush()
             elif self._room < 0:
                 self._make_room(row)
+
+    def _set_aside(self, row: Row) -> None:
+        """Keep an outer step of other parameters than the tasks' until the block is closed.
+
+        It gets a block of its own, for a block has one layout; in its place in the order of time
+        that would end the block of the tasks at every outer step.
+        """
+        self._aside.append(row)
+        self._room -= self._room_of(row)
+        if self.eager or self._room < 0:
+            self.flush()
 
     def _make_room(self, latest: Row) -> None:
         """Measure what is pending, but for the last row: a second optimizer may still complete it.
@@ -457,19 +471,28 @@ class Session:
         started = time.perf_counter()
         with self._lock:
             rows, self._rows = self._rows, []
+            aside, self._aside = self._aside, []
             self._measured_rows, self._room = 0, _BYTES_PER_BLOCK
             events, self._events = self._events, []
             if not rows and not events:
                 return
-            self._part(rows)
-            parts, self._parts = self._parts, []
-            block = joined(parts, events) if parts else self._empty(events)
-            for measured in self.measured:
-                measured(block)
-        self._sink.block(block)
+            blocks = [self._block(rows, events)]
+            for layout in dict.fromkeys(row.layout for row in aside):
+                blocks.append(self._block([row for row in aside if row.layout == layout], []))
+        for block in blocks:
+            self._sink.block(block)
         self._flushed = time.perf_counter()
         wanted = (self._flushed - started) / _SHARE_OF_TIME
         self._pause = min(max(_SECONDS_PER_BLOCK, wanted), _SECONDS_AT_MOST)
+
+    def _block(self, rows: list[Row], events: list[Event]) -> Block:
+        """What is measured of the pending rows of one layout, with the rest of them."""
+        self._part(rows)
+        parts, self._parts = self._parts, []
+        block = joined(parts, events) if parts else self._empty(events)
+        for measured in self.measured:
+            measured(block)
+        return block
 
     def _part(self, rows: list[Row]) -> None:
         """Measure some rows of the block to come, and let go of their tensors."""

@@ -160,6 +160,7 @@ class MetaGradientExplosion(Rule):
         self._largest = 0.0
         self._steps = 0.0
         self._second_order = False
+        self._used = False  # whether outer steps in a frame of their own came after these
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step whose gradient left the scale of its inner loops."""
@@ -168,11 +169,16 @@ class MetaGradientExplosion(Rule):
         # of what came before each outer step of this block, and of what comes after the last
         stretch = np.cumsum(frame.outer)
         largest, steps, second = (np.zeros(len(rows) + 1) for _ in range(3))
-        largest[0], steps[0], second[0] = self._largest, self._steps, self._second_order
+        alone = not frame.support.any()  # outer steps of other parameters than the tasks'
+        if not self._used or alone:
+            largest[0], steps[0], second[0] = self._largest, self._steps, self._second_order
+        self._used = alone
         inner = np.where(frame.outer | ~np.isfinite(norms), 0.0, norms)
         np.maximum.at(largest, stretch, inner)
         np.maximum.at(steps, stretch, np.where(frame.outer, 0.0, frame.step + 1))
         second[stretch[frame.flagged("second_order") & ~frame.outer]] = True
+        if alone:  # the inner steps before each of them were in the frame before
+            largest[:], steps[:], second[:] = largest[0], steps[0], second[0]
         bound = self.thresholds["meta-gradient-growth"] * largest[:-1]
         over = np.isfinite(norms[rows]) & (norms[rows] > bound) & (bound != 0)
         for number in np.flatnonzero(over & (second[:-1] > 0)).tolist():
@@ -237,7 +243,8 @@ class FirstOrderOnly(Rule):
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step whose tasks were all first order."""
         fed = np.asarray((frame.block.parameters["gradient_norm"] > 0).any(1))
-        second = frame.flagged("second_order")
+        # (through a learned optimizer's own layers the outer gradient comes without it)
+        second = frame.flagged("second_order") | frame.flagged("transformed")
         # the last inner step up to each row
         steps = np.maximum.accumulate(np.where(frame.support, np.arange(len(second)), -1)).tolist()
         previous = -1
