@@ -380,6 +380,7 @@ class Optimizers:
                 *columns,
                 learning_rate=step.facts.learning_rate,
                 site=step.site,
+                around=step.optimizer in self._through,
                 optimizer=step.facts.name,
             )
             return

@@ -283,9 +283,13 @@ class Session:
         learning_rate: Number,
         site: int,
         flags: int = 0,
+        around: bool = False,
         **data: Any,
     ) -> None:
-        """The outer optimizer moved the base's weights ("incomplete": its gradient is unknown)."""
+        """The outer optimizer moved the base's weights ("incomplete": its gradient is unknown).
+
+        Or, ``around`` them, what no task adapts: rates, a network they are a part of.
+        """
         self.finish_tasks()
         row = Row(
             -1,
@@ -311,7 +315,10 @@ class Session:
             if gradient is None and parameter is not None and not flags & FLAGS["incomplete"]
         ]
         self.event("outer-step", None, site, without_gradient=missing, **data)
-        self._add(row, None)
+        if around:
+            self._set_aside(row)
+        else:
+            self._add(row, None)
 
     def _clipping(self) -> int:
         """Flags of the clipping since the step before."""
@@ -411,12 +418,10 @@ class Session:
                 self._hold(task, row)
                 return
         with self._lock:
-            if row.layout != self._layout and self._rows:
-                if task is None:  # learned rates, or what is around the weights that adapt
-                    self._set_aside(row)
-                    return
-                self.flush()
-            self._layout = row.layout
+            if row.layout != self._layout:
+                if self._rows:
+                    self.flush()
+                self._layout = row.layout
             self._rows.append(row)
             self._room -= self._room_of(row)
             if self.eager or _alarming(row.loss):
@@ -425,15 +430,19 @@ class Session:
                 self._make_room(row)
 
     def _set_aside(self, row: Row) -> None:
-        """Keep an outer step of other parameters than the tasks' until the block is closed.
+        """Keep an outer step of what no task adapts until the block of the tasks is closed.
 
         It gets a block of its own, for a block has one layout; in its place in the order of time
         that would end the block of the tasks at every outer step.
         """
-        self._aside.append(row)
-        self._room -= self._room_of(row)
-        if self.eager or self._room < 0:
-            self.flush()
+        with self._lock:
+            if not self._rows or row.layout == self._layout:
+                self._add(row, None)
+                return
+            self._aside.append(row)
+            self._room -= self._room_of(row)
+            if self.eager or self._room < 0:
+                self.flush()
 
     def _make_room(self, latest: Row) -> None:
         """Measure what is pending, but for the last row: a second optimizer may still complete it.

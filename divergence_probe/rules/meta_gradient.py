@@ -160,6 +160,7 @@ class MetaGradientExplosion(Rule):
         self._largest = 0.0
         self._steps = 0.0
         self._second_order = False
+        self._layout = -1
         self._used = False  # whether outer steps in a frame of their own came after these
 
     def check(self, frame: Frame) -> Iterator[Finding]:
@@ -169,7 +170,9 @@ class MetaGradientExplosion(Rule):
         # of what came before each outer step of this block, and of what comes after the last
         stretch = np.cumsum(frame.outer)
         largest, steps, second = (np.zeros(len(rows) + 1) for _ in range(3))
-        alone = not frame.support.any()  # outer steps of other parameters than the tasks'
+        # outer steps of other parameters than the tasks', in a frame of their own
+        alone = not frame.support.any() and frame.block.layout.index != self._layout
+        self._layout = self._layout if alone else frame.block.layout.index
         if not self._used or alone:
             largest[0], steps[0], second[0] = self._largest, self._steps, self._second_order
         self._used = alone

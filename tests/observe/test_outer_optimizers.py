@@ -1,0 +1,106 @@
+"""Outer steps of what no task adapts: learned rates, the net around a context, a learned optimizer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import divergence_probe
+
+STEPS, TASKS, ROUNDS = 3, 2, 5
+
+
+def learned_rates():
+    net = nn.Linear(3, 1)
+    rates = [nn.Parameter(torch.tensor(-3.0)) for _ in net.parameters()]
+    outer = torch.optim.Adam(rates, lr=0.01)
+    x = torch.randn(16, 3)
+    for _ in range(ROUNDS):
+        outer.zero_grad()
+        for _ in range(TASKS):
+            fast = [p.detach().clone().requires_grad_() for p in net.parameters()]
+            for _ in range(STEPS):
+                loss = F.mse_loss(F.linear(x, *fast), x[:, :1])
+                gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                steps = zip(fast, rates, gradients, strict=True)
+                fast = [w - rate.exp() * g for w, rate, g in steps]
+            F.mse_loss(F.linear(x, *fast), x[:, :1]).backward()
+        outer.step()
+
+
+def context_parameters():
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+    outer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    x = torch.randn(16, 3)
+    for _ in range(ROUNDS):
+        total = torch.zeros(())
+        for _ in range(TASKS):
+            context = torch.zeros(2, requires_grad=True)
+            for _ in range(STEPS):
+                loss = F.mse_loss(net(torch.cat([x, context.expand(16, 2)], 1)), x[:, :1])
+                (gradient,) = torch.autograd.grad(loss, context, create_graph=True)
+                context = context - 0.1 * gradient
+            total = total + F.mse_loss(net(torch.cat([x, context.expand(16, 2)], 1)), x[:, :1])
+        outer.zero_grad()
+        total.backward()
+        outer.step()
+
+
+def learned_optimizer():
+    maker = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    outer = torch.optim.Adam(maker.parameters(), lr=1e-3)
+    for _ in range(ROUNDS):
+        total = torch.zeros(())
+        for _ in range(TASKS):
+            goal, point = torch.randn(6), torch.zeros(6, requires_grad=True)
+            for _ in range(STEPS):
+                loss = (point - goal).square().mean()
+                total = total + loss
+                (gradient,) = torch.autograd.grad(loss, point, retain_graph=True)
+                point = point + 0.1 * maker(gradient.detach()[:, None]).squeeze(1)
+            total = total + (point - goal).square().mean()
+        outer.zero_grad()
+        total.backward()
+        outer.step()
+
+
+@pytest.mark.parametrize("loop", [learned_rates, context_parameters, learned_optimizer])
+def test_what_a_gradient_through_tasks_moves_takes_outer_steps(loop):
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        loop()
+    summary = probe.diagnosis.summary
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS * TASKS, ROUNDS * TASKS * STEPS)
+    assert summary.outer_steps == ROUNDS
+    assert not probe.diagnosis.findings
+
+
+def test_their_rows_are_kept_together():
+    """A block for each outer step would cost more than the step: they have one of their own."""
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        learned_rates()
+    blocks = list(probe.recording.blocks())
+    outer = [block for block in blocks if (block.scalars["task"] == -1).any()]
+
+    assert [len(block) for block in outer] == [ROUNDS]
+    assert (outer[0].parameters["gradient_norm"] > 0).all()
+
+
+def test_losses_that_are_equal_are_no_unused_gradients():
+    """A query that is fitted exactly has the loss 0 every time, and an optimizer steps on it."""
+    net = nn.Linear(2, 1)
+    outer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with divergence_probe.attach() as probe:
+        for _ in range(6):
+            fast = list(net.parameters())
+            for _ in range(2):
+                loss = F.linear(torch.ones(4, 2), *fast).square().mean()
+                gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - 0.1 * g for w, g in zip(fast, gradients, strict=True)]
+            outer.zero_grad()
+            (0.0 * F.linear(torch.ones(4, 2), *fast).sum()).backward()
+            outer.step()
+
+    assert "LR004" not in {finding.rule for finding in probe.diagnosis.findings}
