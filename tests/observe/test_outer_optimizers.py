@@ -1,4 +1,4 @@
-"""Outer steps of what no task adapts: learned rates, a net around a context, a learned optimizer."""
+"""Outer steps of what no task adapts: learned rates, the net around a context, and so on."""
 
 import pytest
 import torch
