@@ -256,7 +256,7 @@ class Loops:
             # An in-place update of these is an outer step by hand.
             pending.of_base = (
                 any(map(models.begun, inputs))
-                or base_among(self._session.bases, inputs) is not None
+                or base_among(self._session.unrolled, inputs) is not None
             )
             bases = [None if tensor.is_leaf else base_of(tensor) for tensor in inputs]
             both = zip(inputs, bases, strict=True)

@@ -216,6 +216,8 @@ class Optimizers:
         pending = self._consumed(parameters)
         disturbed = self._loops.tasks.undone(parameters)
         moved = self._base_of(parameters)
+        if moved is not None and self._trains(moved[0], pending):
+            moved = None
         base: KnownModel | None = None
         if moved is not None:
             known, places = moved
@@ -257,6 +259,13 @@ class Optimizers:
             return whole[0], dict(enumerate(whole[1]))
         return base_among(self._session.bases, parameters)
 
+    def _trains(self, known: KnownModel, pending: Pending | None) -> bool:
+        """Whether a base is stepped by a gradient of its own weights, though its tasks are copies.
+
+        No gradient comes back to it from copies: it is trained in between, or adapted in place.
+        """
+        return pending is not None and known not in self._session.unrolled
+
     def _identify(
         self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
     ) -> tuple[KnownModel, list[int], KnownModel | None, bool]:
@@ -286,7 +295,8 @@ class Optimizers:
         equal = self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
         base = known if equal else None
-        moves_base = known in session.bases or known in session.adapted_by_hand
+        moves_base = known in session.bases and not self._trains(known, pending)
+        moves_base |= known in session.adapted_by_hand
         return known, positions, base, base is None and moves_base
 
     def _goes_through_tasks(self, optimizer: Any, pending: Pending | None) -> bool:

@@ -2,9 +2,9 @@
 
 Reptile (Nichol et al., On first-order meta-learning algorithms, 2018, algorithm 1) without an outer
 optimizer writes ``w + epsilon * (adapted - w)`` into the base: with ``+=``, ``lerp_`` or
-``load_state_dict``, there is nothing to follow. What is seen is where the next task begins: on the
-line from where the last ones began to where they came to, on average. Nothing else leads there but
-a step that was computed from them.
+``load_state_dict``, there is nothing to follow. What is seen is where the next task begins: between
+where the last ones began and an average of where they came to (a weighted one, in federated
+averaging). Nothing else leads there but a step that was computed from them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ from divergence_probe.record.schema import FLAGS
 _ROUNDINGS = 4
 # A move must be so many times what rounding alone could be, or any direction would do.
 _CLEAR = 100
-# On a line every point is towards every other one, and in a plane nearly.
-_FEWEST_ELEMENTS = 4
+# With as many ways as elements every point is among them, and with nearly as many almost.
+_MORE_ELEMENTS = 3
+# How far shares may be from what they are in theory, where the ways are much alike.
+_NEARLY = 0.01
+# Ways that are kept one by one, so that their average may be weighted; and elements of all of them.
+_MOST_WAYS, _MOST_KEPT = 16, 2**22
 
 
 @dataclass
@@ -50,15 +54,15 @@ class _Base:
         positions: which of the model's parameters they moved.
         start: values of these.
         task: the latest of the tasks; None before it began.
-        way: sum of what the earlier ones moved their weights by, as :func:`_flat` has it.
-        tasks: how many these are.
+        ways: what the earlier ones moved their weights by, as :func:`_flat` has it.
+        tasks: how many these are; where there are more than ways, the last is of several.
         provisional: those that may turn out to be ordinary training.
     """
 
     positions: list[int]
     start: Sequence[Tensor]
     task: Task | None = None
-    way: list[Tensor] = field(default_factory=list)
+    ways: list[list[Tensor]] = field(default_factory=list)
     tasks: int = 0
     provisional: list[Task] = field(default_factory=list)
 
@@ -72,28 +76,45 @@ class _Base:
         if task is not None and task.provisional:
             self.provisional.append(task)
         way = _difference(ends, self.start)
-        if self.way:
-            way = [a + b for a, b in zip(self.way, way, strict=True)]
-        self.way, self.tasks, self.task = way, self.tasks + 1, None
+        if len(self.ways) < min(_MOST_WAYS, _MOST_KEPT // max(elements_of(ends), 1)):
+            self.ways.append(way)
+        elif self.ways:  # of the rest only the mean is told
+            self.ways[-1] = [a + b for a, b in zip(self.ways[-1], way, strict=True)]
+        else:
+            self.ways = [way]
+        self.tasks, self.task = self.tasks + 1, None
         return True
 
     def led_to(self, values: Sequence[Tensor]) -> bool:
-        """Whether ``values`` lie between the start and what the tasks came to."""
-        if elements_of(values) < _FEWEST_ELEMENTS:
+        """Whether ``values`` lie among the start and what the tasks came to."""
+        if elements_of(values) < len(self.ways) + _MORE_ELEMENTS:
             return False
         move = _difference(values, self.start)
-        length, moved = _norm(self.way), _norm(move)
         rounding = max(torch.finfo(value.dtype).eps for value in _flat(values)) * (
             _norm(_flat(self.start)) + _norm(_flat(values))
         )
-        if not moved > _CLEAR * rounding or not length > rounding:
-            return False  # (also where they are not finite)
-        share = _dot(move, self.way) / length**2
-        rest = [a - share * b for a, b in zip(move, self.way, strict=True)]
-        # The whole way of the only task: the base was left where that task came to.
-        left = self.tasks == 1 and abs(share - 1) * length <= _ROUNDINGS * rounding
-        within = 0 < share <= 1 + _ROUNDINGS * rounding / length
-        return within and not left and _norm(rest) <= _ROUNDINGS * rounding
+        if not _norm(move) > _CLEAR * rounding:
+            return False  # (also where it is not finite)
+        shares = self._shares(move)
+        if min(shares) < -_NEARLY or not 0 < sum(shares) <= 1 + _NEARLY:
+            return False
+        rest = move
+        for share, way in zip(shares, self.ways, strict=True):
+            rest = [a - share * b for a, b in zip(rest, way, strict=True)]
+        # The whole way of the latest: the base was left where that task came to.
+        apart = [a - b for a, b in zip(move, self.ways[-1], strict=True)]
+        left = len(self.ways) == self.tasks and _norm(apart) <= _ROUNDINGS * rounding
+        return not left and _norm(rest) <= _ROUNDINGS * rounding
+
+    def _shares(self, move: Sequence[Tensor]) -> list[float]:
+        """How much of each way, by least squares, makes up a move; alike where they are alike."""
+        products = [[_dot(a, b) for b in self.ways] for a in self.ways]
+        gram = torch.tensor(products, dtype=torch.float64)
+        along = torch.tensor([_dot(way, move) for way in self.ways], dtype=torch.float64)
+        if not (gram.isfinite().all() and along.isfinite().all()):
+            return [0.0]
+        shares: list[float] = (torch.linalg.pinv(gram, rtol=1e-12) @ along).tolist()
+        return shares
 
 
 class Reptile:

@@ -88,6 +88,8 @@ class Session:
         self.measured: list[Callable[[Block], None]] = []
         self.inner: tuple[Any, ...] = ()
         self.adapted_by_hand: set[KnownModel] = set()
+        #: Bases whose tasks make new tensors: a gradient may come back to them.
+        self.unrolled: set[KnownModel] = set()
         self.restoring: list[Callable[[Task], None]] = []
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
@@ -173,6 +175,8 @@ class Session:
         self.open.append(task)
         if base is not None:
             self.bases.add(base)
+            if not data.get("in_place"):
+                self.unrolled.add(base)
         return task
 
     def _number(self, task: Task) -> None:

@@ -77,10 +77,10 @@ def on_copies(net, tasks=1, share=0.5):
 
 def functional(net, tasks=1, share=0.5):
     names = [name for name, _ in net.named_parameters()]
-    x = torch.randn(16, 2)
     for _ in range(ROUNDS):
         ends = []
         for _ in range(tasks):
+            x = torch.randn(16, 2)
             fast = [p.clone() for p in net.parameters()]
             for _ in range(STEPS):
                 made = torch.func.functional_call(net, dict(zip(names, fast, strict=True)), (x,))
@@ -148,6 +148,36 @@ def elsewhere(net):
 @pytest.mark.parametrize("loop", [continual, partly_restored, elsewhere])
 def test_other_moves_are_no_outer_steps(loop):
     assert outer_places(network(), loop) == []
+
+
+def test_an_average_may_be_weighted():
+    def run(net):
+        for _ in range(ROUNDS):
+            start, ends = copy.deepcopy(net.state_dict()), []
+            for _ in range(3):
+                net.load_state_dict(start)
+                train(net)
+                ends.append(copy.deepcopy(net.state_dict()))
+            a, b, c = ends
+            net.load_state_dict({n: 0.5 * a[n] + 0.2 * b[n] + 0.3 * c[n] for n in start})
+
+    assert outer_places(network(), run) == [3 * number for number in range(1, ROUNDS + 1)]
+
+
+@pytest.mark.parametrize("when", [0, 2, ROUNDS - 1])
+def test_a_copy_that_is_adapted_in_between_is_a_task_of_its_own(when):
+    def run(net):
+        for number in range(ROUNDS):
+            if number == when:
+                for _ in range(2):
+                    train(copy.deepcopy(net))
+            start = copy.deepcopy(net.state_dict())
+            train(net)
+            net.load_state_dict(between(start, [net.state_dict()], 0.3))
+
+    found = summary(network(), run)
+
+    assert (found.tasks, found.outer_steps) == (ROUNDS + 2, ROUNDS)
 
 
 def averaged_once(net):
