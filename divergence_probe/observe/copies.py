@@ -6,14 +6,21 @@ import copy
 import copyreg
 import functools
 import threading
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import address_of, waits_for_nothing
+
+# Modules whose states are kept in mind.
+_STATES = 8
 
 
 def install(patches: Patches, session: Session) -> None:
@@ -23,7 +30,13 @@ def install(patches: Patches, session: Session) -> None:
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
-    patches.set_attribute(nn.Module, "load_state_dict", lambda original: _load(session, original))
+    states = _States()
+    patches.set_attribute(
+        nn.Module, "state_dict", lambda original: _state(session, states, original)
+    )
+    patches.set_attribute(
+        nn.Module, "load_state_dict", lambda original: _load(session, states, original)
+    )
 
 
 class _Copying(threading.local):
@@ -77,16 +90,86 @@ def _parameter(session: Session, original: Callable[..., Any]) -> Callable[..., 
     return __deepcopy__
 
 
-def _load(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+class _States:
+    """The modules whose state was asked for last: what another one loads may be theirs."""
+
+    def __init__(self) -> None:
+        self._asked: deque[weakref.ref[nn.Module]] = deque(maxlen=_STATES)
+
+    def note(self, module: nn.Module) -> None:
+        """Its ``state_dict()`` was called."""
+        if not any(reference() is module for reference in self._asked):
+            self._asked.append(weakref.ref(module))
+
+    def origin_of(self, module: nn.Module, state: Any) -> nn.Module | None:
+        """The module whose weights ``module`` has just loaded, if that is another one.
+
+        By memory, for a state shares that of its module; where the state was copied by value, which
+        is looked at only where that waits for nothing.
+        """
+        own = dict(module.named_parameters())
+        for reference in reversed(self._asked):
+            origin = reference()
+            if origin is None or origin is module or not own or not isinstance(state, Mapping):
+                continue
+            theirs = dict(origin.named_parameters())
+            if theirs.keys() == own.keys() and all(
+                _is_loaded(own[name], theirs[name], state.get(name)) for name in own
+            ):
+                return origin
+        return None
+
+
+def _is_loaded(own: Tensor, other: Tensor, value: Any) -> bool:
+    if own is other or own.shape != other.shape or not isinstance(value, Tensor):
+        return False
+    if address_of(value) and address_of(value) == address_of(other):
+        return True
+    return waits_for_nothing(own) and waits_for_nothing(other) and torch.equal(own, other)
+
+
+def _state(session: Session, states: _States, original: Callable[..., Any]) -> Callable[..., Any]:
+    def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        whole = not args and "destination" not in kwargs  # (else as a part of another one)
+        if whole and session.guard.watching:
+            with session.guard.work():
+                states.note(self)
+        return result
+
+    return state_dict
+
+
+def _load(session: Session, states: _States, original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         adapting: list[Task] = []
         if session.guard.watching:
             with session.guard.work():
                 adapting = session.adapting(self)
         result = original(self, *args, **kwargs)
-        if adapting:
+        if session.guard.watching:
             with session.guard.work():
-                session.restored(adapting, session.sites.here())
+                if adapting:
+                    session.restored(adapting, session.sites.here())
+                state = args[0] if args else kwargs.get("state_dict")
+                _note_loaded(session, self, states.origin_of(self, state))
         return result
 
     return load_state_dict
+
+
+def _note_loaded(session: Session, module: nn.Module, origin: nn.Module | None) -> None:
+    """``module`` has loaded the weights of ``origin``: it is as good as a deep copy.
+
+    Unless ``origin`` is a copy of it: then that was kept to go back to.
+    """
+    if origin is None:
+        return
+    models = session.models
+    theirs = dict(origin.named_parameters())
+    pairs = [(own, theirs[name]) for name, own in module.named_parameters()]
+    if any(models.origin_of(other) is own for own, other in pairs):
+        return
+    for own, other in pairs:
+        models.note_copy(own, other)
+    models.note_module_copy(module, origin)
