@@ -93,7 +93,7 @@ class GradientCalls:
         adds: bool = False,
     ) -> None:
         self._library_query(site, loss)
-        self._loops.opening(function, loss, inputs, adds)
+        self._loops.opening(site, function, loss, inputs, adds)
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         """Positions and names of parameters in their model."""

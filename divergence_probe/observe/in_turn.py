@@ -63,6 +63,15 @@ class InTurn:
         #: Models that such an optimizer has moved: what is adapted of them in place is a task.
         self.moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
 
+    def note_outer(self, optimizer: Any, known: KnownModel) -> None:
+        """An optimizer was seen to take an outer step of a model: it is its outer one, for good."""
+        self._outer.setdefault(optimizer, weakref.WeakSet()).add(known)
+
+    def was_outer(self, optimizer: Any, known: KnownModel) -> bool:
+        """Whether it was."""
+        outer = self._outer.get(optimizer)
+        return outer is not None and known in outer
+
     def is_outer(
         self,
         optimizer: Any,
@@ -78,8 +87,7 @@ class InTurn:
             parameters: what it moves.
             pending: the backward it acts on; None where its gradients were put there by hand.
         """
-        outer = self._outer.get(optimizer)
-        if outer is not None and task.known in outer:
+        if self.was_outer(optimizer, task.known):
             return True
         if not _is_back(task, parameters):
             return False
@@ -88,7 +96,7 @@ class InTurn:
         else:
             elsewhere = pending.point is not None and pending.point.was_left(parameters)
         if elsewhere:
-            self._outer.setdefault(optimizer, weakref.WeakSet()).add(task.known)
+            self.note_outer(optimizer, task.known)
             self.moved.add(task.known)
         return elsewhere
 

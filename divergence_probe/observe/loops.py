@@ -85,11 +85,17 @@ class Loops:
             self._thread.follower.stop()
 
     def opening(
-        self, function: str, loss: Tensor | None, inputs: Sequence[Tensor], adds: bool = False
+        self,
+        site: int,
+        function: str,
+        loss: Tensor | None,
+        inputs: Sequence[Tensor],
+        adds: bool = False,
     ) -> None:
         """A gradient is about to be taken: what was being followed is complete by now.
 
         Args:
+            site: number of its line.
             function: ``"grad"``, ``"backward"`` or ``"func"``.
             loss: what it is taken of.
             inputs: what it is taken with respect to.
@@ -104,7 +110,7 @@ class Loops:
         if not thread.extends:
             if thread.follower is not None:
                 thread.follower.stop()
-            self.settle(inputs)
+            self.settle(inputs, elsewhere=pending is not None and pending.site != site)
 
     def gradient(
         self,
@@ -354,12 +360,12 @@ class Loops:
         if pending is not None and pending.of_base and any(pending.writes):
             self.settle()
 
-    def settle(self, following: Sequence[Tensor] = ()) -> None:
+    def settle(self, following: Sequence[Tensor] = (), elsewhere: bool = False) -> None:
         """Decide what the pending gradient was, given what the next one is taken of (if any)."""
         pending = self.take_pending()
         if pending is None:
             return
-        update = resolve(pending, following, self._session.models)
+        update = resolve(pending, following, self._session.models, elsewhere)
         if update is not None:
             self.tasks.step(pending, update)
         elif pending.learned.functional and not pending.followed:

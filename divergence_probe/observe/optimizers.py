@@ -216,12 +216,14 @@ class Optimizers:
         pending = self._consumed(parameters)
         disturbed = self._loops.tasks.undone(parameters)
         moved = self._base_of(parameters)
-        if moved is not None and self._trains(moved[0], pending):
+        if moved is not None and self._trains(optimizer, moved[0], pending):
             moved = None
         base: KnownModel | None = None
         if moved is not None:
             known, places = moved
             outer = True
+            if known not in self._session.unrolled:
+                self._in_turn.note_outer(optimizer, known)
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
@@ -259,12 +261,16 @@ class Optimizers:
             return whole[0], dict(enumerate(whole[1]))
         return base_among(self._session.bases, parameters)
 
-    def _trains(self, known: KnownModel, pending: Pending | None) -> bool:
+    def _trains(self, optimizer: Any, known: KnownModel, pending: Pending | None) -> bool:
         """Whether a base is stepped by a gradient of its own weights, though its tasks are copies.
 
         No gradient comes back to it from copies: it is trained in between, or adapted in place.
         """
-        return pending is not None and known not in self._session.unrolled
+        if pending is None or known in self._session.unrolled:
+            return False
+        if self._in_turn.was_outer(optimizer, known):
+            return False
+        return pending.reached(t for r in known.parameters if (t := r()) is not None)
 
     def _identify(
         self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
@@ -295,7 +301,7 @@ class Optimizers:
         equal = self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
         base = known if equal else None
-        moves_base = known in session.bases and not self._trains(known, pending)
+        moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         moves_base |= known in session.adapted_by_hand
         return known, positions, base, base is None and moves_base
 

@@ -38,13 +38,16 @@ class Update:
         return are_whole(self.values)
 
 
-def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:
+def resolve(
+    pending: Pending, following: Sequence[Tensor], models: Models, elsewhere: bool = False
+) -> Update | None:
     """The update ``pending`` led to, or None where none did.
 
     Args:
         pending: the gradient.
         following: what the next gradient is taken of; empty where there is no next one.
         models: the user's models, to tell a new task's start from an update.
+        elsewhere: whether the next gradient is taken at another line: that of who looks ahead, say.
     """
     if pending.written:
         return _in_place(pending)
@@ -52,7 +55,7 @@ def resolve(pending: Pending, following: Sequence[Tensor], models: Models) -> Up
         return _recited(pending, pending.recited)
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
-    if _discarded(pending, following):
+    if not elsewhere and _discarded(pending, following):
         pending.flags |= FLAGS["discarded"]
         pending.learned.discards = True
         return Update([reference() for reference in pending.inputs], list(pending.before))

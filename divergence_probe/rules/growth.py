@@ -59,7 +59,9 @@ class NormExplosion(Rule):
         grown = np.asarray((growth >= min(bounds)).any(1))
         with np.errstate(invalid="ignore"):
             falling = _lowest_from_here(frame, grown) < frame.first_loss
-            spared = falling[:, None] | _has_no_scale(frame, grown)
+            rising = -_lowest_from_here(frame, grown, -1.0) > frame.first_loss
+            meant = falling | (rising & _goes_up(frame))
+            spared = meant[:, None] | _has_no_scale(frame, grown)
             over = growth >= np.where(spared, bounds[1], bounds[0])
         for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
@@ -96,14 +98,22 @@ class NormExplosion(Rule):
         )
 
 
-def _lowest_from_here(frame: Frame, chosen: Flags) -> Array:
+def _goes_up(frame: Frame) -> Flags:
+    """``[S]`` where every parameter went up its gradient: what rises then (a reward) is meant to."""
+    rates = frame.block.parameters["step_rate"]
+    seen = np.isfinite(rates)
+    return np.asarray(seen.any(1) & ((rates < 0) | ~seen).all(1))
+
+
+def _lowest_from_here(frame: Frame, chosen: Flags, sign: float = 1.0) -> Array:
     """``[S]`` the lowest support loss of the task from this step on, as far as it was seen.
 
+    With ``sign`` -1 the negative of the highest.
     Of the tasks with a row of ``chosen`` (``[S]``); infinite for others.
     Weights before BatchNorm may be thrown far by one step on a few values, and all is well: they
     have no scale.
     """
-    losses = np.where(frame.seen, frame.block.scalars["loss"], np.inf)
+    losses = np.where(frame.seen, sign * frame.block.scalars["loss"], np.inf)
     result = np.full(len(losses), np.inf)
     for task in np.flatnonzero(frame.by_task.any(chosen)).tolist():
         rows = frame.by_task.rows(task)
