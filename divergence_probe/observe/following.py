@@ -23,10 +23,11 @@ from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
-from divergence_probe.observe.tensors import batched, plain
+from divergence_probe.observe.tensors import batched, plain, waits_for_nothing
 from divergence_probe.record.schema import FLAGS
 
 _NOTHING: frozenset[int] = frozenset()
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Follower(TorchFunctionMode):
@@ -208,7 +209,9 @@ class Follower(TorchFunctionMode):
             return
         parameters, gradients, steps, cut = self._taken(pending, operation, args, kwargs)
         in_place = operation.in_place and args and isinstance(args[0], Tensor)
-        if in_place and self._written(pending, args[0], operation, parameters, gradients):
+        if in_place and self._written(
+            pending, args[0], operation, parameters, gradients, list(_tensors(args[1:], kwargs))
+        ):
             return
         if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
             return
@@ -300,7 +303,8 @@ class Follower(TorchFunctionMode):
             both = parameters & gradients
             note_standstill(pending, both, new, operation, steps, _rates(args, kwargs))
             if operation.in_place and isinstance(first, Tensor):
-                self._written(pending, first, operation, parameters, gradients)
+                others = [m[position] for m in lists[1:] if position < len(m)]
+                self._written(pending, first, operation, parameters, gradients, others)
             elif position < len(made) and isinstance(made[position], Tensor):
                 self._made(pending, made[position], parameters, gradients)
 
@@ -311,6 +315,7 @@ class Follower(TorchFunctionMode):
         operation: Operation,
         parameters: frozenset[int],
         gradients: frozenset[int],
+        operands: Sequence[Tensor] = (),
     ) -> bool:
         """``target`` was overwritten: an update if its memory is a parameter's.
 
@@ -321,6 +326,8 @@ class Follower(TorchFunctionMode):
         index = pending.is_input(target) if operation.name == "data.__set__" else None
         if index is None:
             index = self._parameter_at(pending, target)
+        if index is not None and pending.writes[index] and index not in pending.moved_back:
+            pending.moved_back |= {index} if _moves_back(pending, index, operands) else set()
         if index is not None and self._updates(pending, index, operation, gradients):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
@@ -353,6 +360,8 @@ class Follower(TorchFunctionMode):
         """Whether a write is (part of) the update, and not a restore of older values."""
         if operation.overwrites and pending.writes[index]:
             return False  # the update is complete: this restores or moves the weights
+        if index in pending.moved_back:
+            return False
         if gradients or pending.escaped:
             return True
         return bool(pending.writes[index])
@@ -418,6 +427,25 @@ class Follower(TorchFunctionMode):
 def _stays(mode: TorchFunctionMode) -> bool:
     """Whether a mode never pops another one: a default device, or one of our interventions."""
     return isinstance(mode, DeviceContext) or hasattr(mode, "of_the_probe")
+
+
+def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> bool:
+    """Whether an updated parameter is computed with what it was when its task began.
+
+    So Reptile moves it half the way back. Looked at only where that waits for nothing.
+    """
+    task = pending.task
+    start: Tensor | None = pending.before[index]
+    if task is not None and task.first is not None and index < len(task.positions):
+        start = task.first.before[task.positions[index]]
+    return start is not None and any(
+        type(other) in _PLAIN
+        and other.shape == start.shape
+        and waits_for_nothing(other)
+        and waits_for_nothing(start)
+        and torch.equal(other, start)
+        for other in operands
+    )
 
 
 def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:

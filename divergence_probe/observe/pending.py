@@ -115,6 +115,7 @@ class Pending:
         used: for each input, the candidate that was first used as a weight.
         met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
+        moved_back: inputs that were, after that, computed with what they began from: no update.
         versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
         followed: whether the function mode was on for it.
@@ -154,6 +155,7 @@ class Pending:
     writes: list[int] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
+    moved_back: set[int] = field(default_factory=set)
     versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False
     met: bool = False

@@ -39,7 +39,7 @@ _ROUNDINGS = 4
 # A move must be so many times what rounding alone could be, or any direction would do.
 _CLEAR = 100
 # With as many ways as elements every point is among them, and with nearly as many almost.
-_MORE_ELEMENTS = 3
+_MORE_ELEMENTS = 2
 # How far shares may be from what they are in theory, where the ways are much alike.
 _NEARLY = 0.01
 # Ways that are kept one by one, so that their average may be weighted; and elements of all of them.

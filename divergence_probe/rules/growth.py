@@ -99,7 +99,7 @@ class NormExplosion(Rule):
 
 
 def _goes_up(frame: Frame) -> Flags:
-    """``[S]`` where every parameter went up its gradient: what rises then (a reward) is meant to."""
+    """``[S]`` where every parameter goes up its gradient: a reward is meant to rise."""
     rates = frame.block.parameters["step_rate"]
     seen = np.isfinite(rates)
     return np.asarray(seen.any(1) & ((rates < 0) | ~seen).all(1))
