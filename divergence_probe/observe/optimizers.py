@@ -302,7 +302,8 @@ class Optimizers:
         known, positions = equal or named(session.models, parameters, parameters)
         base = known if equal else None
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
-        moves_base |= known in session.adapted_by_hand
+        by_optimizer = any(t.known is known and t.base is None for t in self._nesting.tasks)
+        moves_base |= known in session.adapted_by_hand and not by_optimizer
         return known, positions, base, base is None and moves_base
 
     def _goes_through_tasks(self, optimizer: Any, pending: Pending | None) -> bool:
