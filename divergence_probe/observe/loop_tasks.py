@@ -283,7 +283,7 @@ class LoopTasks:
     def outer_step(self, known: KnownModel) -> None:
         """An optimizer moved a base: its copies that were adapted before it were inner loops."""
         self._in_place.outer_step()
-        self.reptile.stepped(known)
+        self.reptile.stepped(known, always=known in self._session.unrolled)
 
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""

@@ -104,6 +104,8 @@ class Optimizers:
         self._in_turn, self._reptile = loops.tasks.in_turn, loops.tasks.reptile
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._through: weakref.WeakSet[Any] = weakref.WeakSet()
+        # what was adapted in place, in inner loops that are known to be such
+        self._adapted: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Bases that no gradient can have reached yet: without one, their step is none.
         self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
@@ -222,8 +224,8 @@ class Optimizers:
         if moved is not None:
             known, places = moved
             outer = True
-            if known not in self._session.unrolled:
-                self._in_turn.note_outer(optimizer, known)
+            if pending is None or not pending.reached(parameters):
+                self._in_turn.note_outer(optimizer, known)  # (its gradient was handed to it)
             parameters = [parameters[index] for index in places]
             positions = list(places.values())
         else:
@@ -262,11 +264,14 @@ class Optimizers:
         return base_among(self._session.bases, parameters)
 
     def _trains(self, optimizer: Any, known: KnownModel, pending: Pending | None) -> bool:
-        """Whether a base is stepped by a gradient of its own weights, though its tasks are copies.
+        """Whether a base is adapted in place (or just trained), though its tasks are copies.
 
-        No gradient comes back to it from copies: it is trained in between, or adapted in place.
+        It is stepped by a gradient of its own weights, as it is in an outer step (DARTS, say). But
+        it was adapted in place before, or steps again and no task began in between.
         """
         if pending is None or known in self._session.unrolled:
+            return False
+        if known not in self._adapted and known not in self._session.just_stepped:
             return False
         if self._in_turn.was_outer(optimizer, known):
             return False
@@ -391,6 +396,7 @@ class Optimizers:
             self._loops.tasks.outer_step(step.known)
             self._nesting.outer_step()
             self._moved.add(step.known)
+            self._session.just_stepped.add(step.known)
             self._session.bases.difference_update(self._session.models.note_moved(step.parameters))
             self._session.outer_step(
                 step.known,
@@ -463,6 +469,9 @@ class Optimizers:
         for task in [t for t in self._tasks.values() if t.known is step.known and not t.ended]:
             self._finish(task)
         base = step.base
+        self._adapted.update(
+            t.known for t in self._nesting.tasks if t.base is None and not t.provisional
+        )
         declared = self._declared_inner(step)
         confirmed = declared or self._copied_before(base) or step.known in self._in_turn.moved
         values = spread(step.before, step.positions, len(step.known.layout.parameters))

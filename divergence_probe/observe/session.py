@@ -90,6 +90,8 @@ class Session:
         self.adapted_by_hand: set[KnownModel] = set()
         #: Bases whose tasks make new tensors: a gradient may come back to them.
         self.unrolled: set[KnownModel] = set()
+        #: Bases that took an outer step since the last of their tasks began.
+        self.just_stepped: set[KnownModel] = set()
         self.restoring: list[Callable[[Task], None]] = []
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
@@ -175,6 +177,7 @@ class Session:
         self.open.append(task)
         if base is not None:
             self.bases.add(base)
+            self.just_stepped.discard(base)
             if not data.get("in_place"):
                 self.unrolled.add(base)
         return task

@@ -25,7 +25,7 @@ class NormExplosion(Rule):
     Compares each parameter's norm after every inner step with its norm when the task began.
     Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
     are measured against the median of all. A decade counts where the loss does not get below the
-    task's first; three decades count always. A task's only step from weights next to nothing to
+    task's first (nor above it, where steps go up its gradient); three decades count always. A task's only step from weights next to nothing to
     weights below 1 (root mean square) counts where the query's loss is a decade above the first.
 
     ## Why it is bad

@@ -200,3 +200,22 @@ def test_of_two_gradients_neither_is_the_outer_steps() -> None:
     outer = steps[steps.phase == "outer"]
     assert (outer.update_norm > 0).all()
     assert (outer.gradient_norm.isna() | (outer.gradient_norm < 0)).all()
+
+
+def test_two_agents_that_both_look_ahead_first_throw_nothing_away() -> None:
+    """The next gradient is of the same weights, at another line, and what was made is used later."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, requires_grad=True), torch.randn(4, requires_grad=True)
+    payoff = 0.1 * torch.randn(3, 4)
+    optimizer = torch.optim.SGD([a], 0.05)
+    with divergence_probe.attach() as probe:
+        for _ in range(10):
+            (g,) = torch.autograd.grad(a @ payoff @ b + b @ b, b, create_graph=True)
+            ahead_b = b - 0.1 * g
+            (h,) = torch.autograd.grad(a @ payoff @ b + a @ a, a, create_graph=True)
+            ahead_a = a - 0.1 * h
+            (a.grad,) = torch.autograd.grad(a @ payoff @ ahead_b + a @ a, a)
+            torch.autograd.grad(ahead_a @ payoff @ b + b @ b, b)
+            optimizer.step()
+
+    assert "LR004" not in {finding.rule for finding in probe.diagnosis.findings}

@@ -164,7 +164,7 @@ def test_an_average_may_be_weighted():
     assert outer_places(network(), run) == [3 * number for number in range(1, ROUNDS + 1)]
 
 
-@pytest.mark.parametrize("when", [0, 2, ROUNDS - 1])
+@pytest.mark.parametrize("when", [2, ROUNDS - 1])
 def test_a_copy_that_is_adapted_in_between_is_a_task_of_its_own(when):
     def run(net):
         for number in range(ROUNDS):

@@ -37,6 +37,20 @@ def test_a_decade_with_a_falling_loss_is_not():
     assert silent("NG001", make(*grown(150.0, losses=(3.0, 2.0, 1.0))))
 
 
+def test_a_decade_with_a_reward_that_rises_along_steps_up_is_not():
+    rows = [{**row, "step_rate": -0.1} for row in grown(150.0)]
+
+    assert silent("NG001", make(*rows))
+
+
+def test_a_decade_with_a_reward_that_falls_along_steps_up_is():
+    rows = [{**row, "step_rate": -0.1} for row in grown(150.0, losses=(3.0, 2.0, 1.0))]
+    rows[2]["loss"] = 4.0
+
+    assert silent("NG001", make(*rows[:2]))
+    assert one("NG001", make(*[{**row, "loss": 3.0} for row in rows])).layers == ("body.0",)
+
+
 def test_a_step_that_throws_weights_far_and_is_recovered_from_is_not():
     """As of weights before BatchNorm over a few values, which have no scale."""
     norms, losses = [11.3, 28.0, 157.6, 157.7, 157.7], (0.45, 1.85, 2.55, 0.012)

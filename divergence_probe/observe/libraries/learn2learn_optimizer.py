@@ -128,6 +128,7 @@ class _Optimizers:
         loop = _Loop(weakref.ref(model), models.register(model), models.register(optimizer))
         self.loops[optimizer] = loop
         self.session.bases.add(loop.transform)
+        self.session.unrolled.add(loop.transform)
         # Its first step makes the first graph through the transform.
         self.watch.untouched.add(loop.transform)
         weakref.finalize(optimizer, self.gone.append, loop).atexit = False
