@@ -25,8 +25,9 @@ class NormExplosion(Rule):
     Compares each parameter's norm after every inner step with its norm when the task began.
     Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
     are measured against the median of all. A decade counts where the loss does not get below the
-    task's first (nor above it, where steps go up its gradient); three decades count always. A task's only step from weights next to nothing to
-    weights below 1 (root mean square) counts where the query's loss is a decade above the first.
+    task's first (nor above it, where steps go up its gradient); three decades count always. A
+    task's only step from weights next to nothing to weights below 1 (root mean square) counts where
+    the query's loss is a decade above the first.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained

@@ -203,7 +203,7 @@ def test_of_two_gradients_neither_is_the_outer_steps() -> None:
 
 
 def test_two_agents_that_both_look_ahead_first_throw_nothing_away() -> None:
-    """The next gradient is of the same weights, at another line, and what was made is used later."""
+    """The next gradient is of the same weights at another line; what was made is used later."""
     torch.manual_seed(0)
     a, b = torch.randn(3, requires_grad=True), torch.randn(4, requires_grad=True)
     payoff = 0.1 * torch.randn(3, 4)
