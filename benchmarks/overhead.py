@@ -225,8 +225,15 @@ By hand, a task of five steps costs about twenty thousand of the interpreter's i
 for the four gradients in the middle of a loop that is known, 6,000 for the first gradient, the last
 update and the query, 3,000 for the outer step, 1,000 for the losses, 5,000 for measuring, rules and
 writing. They run with cold caches in between torch's, several times slower than in a tight loop: a
-2x40 net takes less than a millisecond an inner step. On nets whose steps take 10 milliseconds and
-more, the same is a few percent or less.
+2x40 net takes less than a millisecond an inner step. Sampled, a task's 1.1 milliseconds are 0.18
+for measuring, rules and writing, 0.15 for copies, 0.15 for following the last update, 0.19 for the
+outer step; the rest is spread over a hundred functions, none of them above 0.03. On nets whose
+steps take 10 milliseconds and more, the same is a few percent or less.
+
+With `higher` and by hand the aims are about what a recorder written for the loop costs by itself:
+what finds out about the loop, names, writes and judges comes on top. Such instructions miss the
+caches, so that their share also depends on what else the machine does: the same code gave 1.42 to
+1.56 by hand, 1.27 to 1.32 with `higher` and 1.33 to 1.46 with torch.func within a day.
 """
 
 
