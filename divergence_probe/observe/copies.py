@@ -107,10 +107,12 @@ class _States:
         By memory, for a state shares that of its module; where the state was copied by value, which
         is looked at only where that waits for nothing.
         """
+        if not self._asked or not isinstance(state, Mapping):
+            return None
         own = dict(module.named_parameters())
         for reference in reversed(self._asked):
             origin = reference()
-            if origin is None or origin is module or not own or not isinstance(state, Mapping):
+            if origin is None or origin is module or not own:
                 continue
             theirs = dict(origin.named_parameters())
             if theirs.keys() == own.keys() and all(

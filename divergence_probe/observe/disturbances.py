@@ -17,7 +17,7 @@ from torch import Tensor
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import waits_for_nothing
+from divergence_probe.observe.tensors import is_at_hand
 
 # There and back again is two roundings of half a unit each, of either number.
 _ROUNDINGS = 2
@@ -27,7 +27,7 @@ def goes_up(pending: Pending, values: Values) -> bool:
     """Whether an update goes up its own gradient; looked at only where that waits for nothing."""
     climb = 0.0
     for before, after, gradient in zip(pending.before, values, pending.gradients, strict=True):
-        if after is None or gradient is None or not _is_at_hand(gradient):
+        if after is None or gradient is None or not is_at_hand(gradient):
             continue
         if gradient.shape == before.shape == after.shape:
             climb += float(((after - before) * gradient).sum())
@@ -43,25 +43,20 @@ def is_undone(task: Task, parameters: Sequence[Tensor]) -> bool:
     """
     if task.first is None:
         return False
-    places = {id(t): i for i, r in enumerate(task.fast) if r is not None and (t := r()) is not None}
+    places = task.places()
     moved = off = size = 0.0
     for parameter in parameters:
         place = places.get(id(parameter))
         if place is None:
             continue
         before, after = task.first.before[place], task.first.after[place]
-        if before is None or after is None or not _is_at_hand(parameter):
+        if before is None or after is None or not is_at_hand(parameter):
             return False
         unit = torch.finfo(parameter.dtype).eps
         moved += _square(after - before)
         off += _square(parameter.detach() - before)
         size += unit**2 * (_square(before) + _square(after))
     return moved > 0 and math.sqrt(off) <= _ROUNDINGS * math.sqrt(size) and off < moved
-
-
-def _is_at_hand(tensor: Tensor) -> bool:
-    strided = tensor.layout is torch.strided and tensor.is_floating_point()
-    return strided and waits_for_nothing(tensor)
 
 
 def _square(tensor: Tensor) -> float:

@@ -23,11 +23,10 @@ from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
-from divergence_probe.observe.tensors import batched, plain, waits_for_nothing
+from divergence_probe.observe.tensors import are_plain, batched, plain, waits_for_nothing
 from divergence_probe.record.schema import FLAGS
 
 _NOTHING: frozenset[int] = frozenset()
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Follower(TorchFunctionMode):
@@ -326,8 +325,9 @@ class Follower(TorchFunctionMode):
         index = pending.is_input(target) if operation.name == "data.__set__" else None
         if index is None:
             index = self._parameter_at(pending, target)
-        if index is not None and pending.writes[index] and index not in pending.moved_back:
-            pending.moved_back |= {index} if _moves_back(pending, index, operands) else set()
+        updated = index is not None and pending.writes[index] and index not in pending.moved_back
+        if index is not None and updated and _moves_back(pending, index, operands):
+            pending.moved_back.add(index)
         if index is not None and self._updates(pending, index, operation, gradients):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
@@ -439,7 +439,7 @@ def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> boo
     if task is not None and task.first is not None and index < len(task.positions):
         start = task.first.before[task.positions[index]]
     return start is not None and any(
-        type(other) in _PLAIN
+        are_plain((other,))
         and other.shape == start.shape
         and waits_for_nothing(other)
         and waits_for_nothing(start)

@@ -18,7 +18,7 @@ from torch import Tensor
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import plain, waits_for_nothing
+from divergence_probe.observe.tensors import is_at_hand, plain, waits_for_nothing
 
 
 @dataclass(slots=True)
@@ -38,8 +38,9 @@ class Point:
     def of(cls, tensors: Sequence[Tensor]) -> Point:
         """Where ``tensors`` are now."""
         last = next((t for t in reversed(tensors) if t.grad is not None), None)
-        shows = last is not None and _shows(last)
-        sample = (weakref.ref(last), _first(last)) if last is not None and shows else None
+        sample = None
+        if last is not None and last.numel() and is_at_hand(last):
+            sample = weakref.ref(last), _first(last)
         return cls({id(tensor): tensor._version for tensor in tensors}, sample)
 
     def was_left(self, tensors: Sequence[Tensor]) -> bool:
@@ -108,12 +109,8 @@ def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
     """
     if task.first is None or task.adapted is None:
         return False
-    places = range(len(task.fast))
-    own = {id(t): place for place in places if (r := task.fast[place]) and (t := r()) is not None}
-    positions = [own.get(id(parameter)) for parameter in parameters]
-    found = [
-        (p, place) for p, place in zip(parameters, positions, strict=True) if place is not None
-    ]
+    places = task.places()
+    found = [(p, places[id(p)]) for p in parameters if id(p) in places]
     if not found:
         return False
     if not all(waits_for_nothing(parameter) for parameter, _ in found):
@@ -125,11 +122,6 @@ def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
 
 def _same(tensor: Tensor, value: Tensor | None) -> bool:
     return value is not None and tensor.shape == value.shape and torch.equal(tensor, value)
-
-
-def _shows(tensor: Tensor) -> bool:
-    strided = tensor.layout is torch.strided and tensor.is_floating_point()
-    return strided and waits_for_nothing(tensor) and tensor.numel() > 0
 
 
 def _first(tensor: Tensor) -> float:

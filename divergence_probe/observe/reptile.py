@@ -31,7 +31,7 @@ from divergence_probe.observe.snapshot import (
     spread,
 )
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import are_plain, waits_for_nothing
+from divergence_probe.observe.tensors import are_plain, is_at_hand
 from divergence_probe.record.schema import FLAGS
 
 # A sum, two products and a difference are each rounded to half a unit of the larger number.
@@ -208,15 +208,8 @@ class Reptile:
 def _are_at_hand(values: Sequence[Tensor]) -> bool:
     """Whether values can be computed with, and looked at without waiting for a device."""
     if isinstance(values, Snapshot):
-        return waits_for_nothing(values.store) and values.store.is_floating_point()
-    return (
-        bool(values)
-        and are_plain(values)
-        and all(
-            value.layout is torch.strided and waits_for_nothing(value) and value.is_floating_point()
-            for value in values
-        )
-    )
+        return is_at_hand(values.store)
+    return bool(values) and are_plain(values) and all(map(is_at_hand, values))
 
 
 def _flat(values: Sequence[Tensor]) -> list[Tensor]:

@@ -82,6 +82,11 @@ class Task:
     ended: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
+    def places(self) -> dict[int, int]:
+        """Positions of its current fast weights, by identity."""
+        alive = ((r() if r is not None else None, place) for place, r in enumerate(self.fast))
+        return {id(tensor): place for tensor, place in alive if tensor is not None}
+
     @property
     def adapted(self) -> Values | None:
         """Values of its weights after its last step; None before it took one."""

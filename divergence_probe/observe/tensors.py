@@ -134,6 +134,12 @@ def waits_for_nothing(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether it holds dense real numbers that can be looked at without waiting for a device."""
+    strided = tensor.layout is torch.strided and tensor.is_floating_point()
+    return strided and waits_for_nothing(tensor)
+
+
 def is_number_at_hand(tensor: Tensor) -> bool:
     """Whether a plain tensor is a single real number that can be read without waiting for it."""
     return waits_for_nothing(tensor) and tensor.numel() == 1 and tensor.is_floating_point()
