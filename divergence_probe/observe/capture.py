@@ -77,7 +77,8 @@ class LossCall:
 
 #: A number that grows with every observed forward call of the process.
 next_order = itertools.count().__next__
-_MOST_CALLS = 4096
+#: Forward calls that are kept of what no gradient has been taken of.
+MOST_CALLS = 4096
 
 
 @dataclass(slots=True)
@@ -169,10 +170,10 @@ class Forwards:
 
     def trim(self) -> None:
         """Forget the oldest of very many: an evaluation without gradients goes on for ever."""
-        if len(self.normalizations) + len(self.dropouts) + len(self.losses) > _MOST_CALLS:
-            self.normalizations = self.normalizations[-_MOST_CALLS // 4 :]
-            self.dropouts = self.dropouts[-_MOST_CALLS // 4 :]
-            self.losses = self.losses[-_MOST_CALLS // 4 :]
+        if len(self.normalizations) + len(self.dropouts) + len(self.losses) > MOST_CALLS:
+            self.normalizations = self.normalizations[-MOST_CALLS // 4 :]
+            self.dropouts = self.dropouts[-MOST_CALLS // 4 :]
+            self.losses = self.losses[-MOST_CALLS // 4 :]
 
     def extend(self, other: Forwards) -> None:
         """Append what ran later."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from divergence_probe.observe.capture import LossCall, Number, next_order
+from divergence_probe.observe.capture import MOST_CALLS, LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.tensors import are_plain, in_plain_torch, is_tracing, physical
@@ -69,7 +69,7 @@ def _note(session: Session, loss: Tensor) -> None:
 
 
 def _keep(session: Session, loss: Tensor, value: Number) -> None:
-    call = LossCall(weakref.ref(loss), value, next_order())
-    forwards = session.current_forwards()
-    forwards.losses.append(call)
-    forwards.trim()
+    forwards = session.current_forwards() if session.open else session.loose.forwards
+    forwards.losses.append(LossCall(weakref.ref(loss), value, next_order()))
+    if len(forwards.losses) > MOST_CALLS:
+        forwards.trim()

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from operator import call
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class _Finished:
 
     def alive(self) -> bool:
         """Whether a graph still hangs on one of its fast weights."""
-        return any(t is not None and _carries_graph(t) for t in (ref() for ref in self.fast))
+        return any(t is not None and _carries_graph(t) for t in map(call, self.fast))
 
 
 def _carries_graph(tensor: Tensor) -> bool:

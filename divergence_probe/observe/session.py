@@ -431,7 +431,9 @@ class Session:
                 self._layout = row.layout
             self._rows.append(row)
             self._room -= self._room_of(row)
-            if self.eager or _alarming(row.loss):
+            loss = row.loss
+            alarming = not math.isfinite(loss) if type(loss) is float else _alarming(loss)
+            if alarming or self.eager:
                 self.flush()
             elif self._room < 0:
                 self._make_room(row)

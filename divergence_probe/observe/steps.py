@@ -23,6 +23,8 @@ from divergence_probe.record.schema import MISSING, PARAMETER_COLUMNS, Array
 
 # Elements of one stack: beyond that every operation on it pays for fresh pages of memory.
 _STACKED_AT_ONCE = 2**17
+# Elements of large tensors looked at before the next kind of number is taken of them.
+_LARGE_AT_ONCE = 2**19
 _LEAST_AT_ONCE = 32
 
 
@@ -151,7 +153,8 @@ def _parameter(
         whole = [i for i, triple in where.items() if _is_whole(triple)]
         rest = [i for i in chosen.rows if not _is_whole(where[i])]
         if rest:
-            _each([where[i] for i in rest], rest, parameter, width, columns)
+            odd = {i: where[i] for i in rest}
+            _each(odd, parameter, width, previous, columns, slope, slope_after)
         if not whole:
             return
         triples, chosen = [where[i] for i in whole], _Chosen.of(whole, previous)
@@ -243,30 +246,92 @@ def _check_overflow(
 
 
 def _each(
-    triples: Sequence[_Triple],
-    rows: Sequence[int],
+    where: dict[int, _Triple],
+    parameter: int,
+    width: int,
+    previous: Sequence[int],
+    columns: dict[str, Array],
+    slope: Array,
+    slope_after: Array,
+) -> None:
+    """Rows with something missing, sparse, or too large to be worth stacking, by their index."""
+    rows, at_once = list(where), _rows_in_cache(where)
+    awaited = {previous[i] for i in rows}
+    updates: dict[int, Tensor] = {}
+    known: dict[int, Array] = {}
+    products: dict[tuple[int, int], Tensor] = {}  # of a row's gradient with a row's update
+    for chosen in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
+        updates |= {i: update for i in chosen if (update := _update(where[i])) is not None}
+        _measure_each(where, chosen, updates, known, parameter, width, columns)
+        for pair in ((i, row) for i in chosen for row in (i, previous[i])):
+            gradient, update = where[pair[0]][2], updates.get(pair[1])
+            if update is not None and gradient is not None and update.shape == gradient.shape:
+                products[pair] = _dot(update, gradient, width)
+        awaited -= {previous[i] for i in chosen}
+        updates = {i: update for i, update in updates.items() if i in awaited}
+    _note_products(products, parameter, previous, columns, slope, slope_after)
+
+
+def _update(triple: _Triple) -> Tensor | None:
+    before, after, _ = triple
+    both = before is not None and after is not None and before.shape == after.shape
+    return after - before if both else None  # type: ignore[operator]
+
+
+def _rows_in_cache(where: dict[int, _Triple]) -> int:
+    """How many rows of one parameter to look at before the next, so that they are read once."""
+    present = [t for triple in where.values() for t in triple if t is not None]
+    if not present or not present[0].is_cpu:
+        return max(len(where), 1)
+    return max(_LARGE_AT_ONCE // max(present[0].numel(), 1), 1)
+
+
+def _measure_each(
+    where: dict[int, _Triple],
+    chosen: Sequence[int],
+    updates: dict[int, Tensor],
+    known: dict[int, Array],
     parameter: int,
     width: int,
     columns: dict[str, Array],
 ) -> None:
-    """Rows with something missing, sparse, or too large to be worth stacking."""
-    updates = [
-        after - before
-        if before is not None and after is not None and before.shape == after.shape
-        else None
-        for before, after, _ in triples
-    ]
-    kinds = ([t[0] for t in triples], [t[1] for t in triples], updates, [t[2] for t in triples])
-    names = ("norm_before", "norm_after", "update_norm", "gradient_norm")
-    for name, tensors in zip(names, kinds, strict=True):
-        columns[name][rows, :, parameter] = norms(tensors, width).reshape(len(rows), width)
-    rates = columns["step_rate"]
-    for i, update, (_, _, gradient) in zip(rows, updates, triples, strict=True):
-        if update is not None and gradient is not None and update.shape == gradient.shape:
-            along = _dot(update, gradient, width)
+    """Norms of some rows; of values that are one step's result and the next one's start, once."""
+    values = {id(t): t for i in chosen for t in where[i][:2] if id(t) not in known}
+    others = [*(updates.get(i) for i in chosen), *(where[i][2] for i in chosen)]
+    found = norms([*values.values(), *others], width).reshape(-1, width)
+    known |= zip(values, found, strict=False)
+    found = found[len(values) :]
+    for k, i in enumerate(chosen):
+        before, after, _ = where[i]
+        columns["norm_before"][i, :, parameter] = known[id(before)]
+        columns["norm_after"][i, :, parameter] = known[id(after)]
+        columns["update_norm"][i, :, parameter] = found[k]
+        columns["gradient_norm"][i, :, parameter] = found[len(chosen) + k]
+
+
+def _note_products(
+    products: dict[tuple[int, int], Tensor],
+    parameter: int,
+    previous: Sequence[int],
+    columns: dict[str, Array],
+    slope: Array,
+    slope_after: Array,
+) -> None:
+    """Rates and slopes of rows that were looked at one by one; one transfer."""
+    if not products:
+        return
+    first = next(iter(products.values()))
+    stacked = to_numpy(torch.stack([product.to(first) for product in products.values()]))
+    along = dict(zip(products, stacked, strict=True))
+    for i, row in along:
+        if i == row:
             with np.errstate(all="ignore"):
                 square = columns["gradient_norm"][i, :, parameter] ** 2
-                rates[i, :, parameter] = np.where(square > 0, -along / square, np.nan)
+                rate = np.where(square > 0, -along[i, i] / square, np.nan)
+            columns["step_rate"][i, :, parameter] = rate
+        elif (row, row) in along:
+            slope[i] += along[row, row]
+            slope_after[i] += along[i, row]
 
 
 def _slopes(previous: Row, row: Row, width: int) -> tuple[Array, Array]:
@@ -275,7 +340,8 @@ def _slopes(previous: Row, row: Row, width: int) -> tuple[Array, Array]:
     if width == 1 and all(isinstance(values, Snapshot) for values in sets):
         start, end, old, new = (values.vector for values in sets if isinstance(values, Snapshot))
         if len(start) == len(end) == len(old) == len(new):
-            return _dot(end - start, old, 1), _dot(end - start, new, 1)
+            update = end - start
+            return to_numpy(_dot(update, old, 1)), to_numpy(_dot(update, new, 1))
     before, after = np.zeros(width), np.zeros(width)
     for was, now, g, h in zip(
         previous.before, previous.after, previous.gradients, row.gradients, strict=True
@@ -285,16 +351,18 @@ def _slopes(previous: Row, row: Row, width: int) -> tuple[Array, Array]:
         if g.shape != was.shape or h.shape != was.shape:
             continue
         update = now - was
-        before += _dot(update, g, width)
-        after += _dot(update, h, width)
+        before += to_numpy(_dot(update, g, width))
+        after += to_numpy(_dot(update, h, width))
     return before, after
 
 
-def _dot(left: Tensor, right: Tensor, width: int) -> Array:
+def _dot(left: Tensor, right: Tensor, width: int) -> Tensor:
     """``[width]`` inner products."""
     if left.is_complex() or right.is_sparse:
         left, right = measurable(left), measurable(right.to_dense())
-    left, right = left.reshape(width, -1), right.reshape(width, -1)
     if left.dtype in (torch.float16, torch.bfloat16):
         left = left.float()
-    return to_numpy((left * right).sum(1))
+    if right.dtype is not left.dtype or right.device != left.device:
+        right = right.to(left)
+    product: Tensor = torch.linalg.vecdot(left.reshape(width, -1), right.reshape(width, -1))
+    return product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -149,6 +150,37 @@ def test_instability_of_vmapped_tasks_is_each_task_s_own():
         g = rows[2].gradients[0][task]
         expected = 0.1 * float((curvature * g) @ g / (g @ g))
         assert numbers.instability[3, task] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("sizes", [(STACKED_ELEMENTS + 4,), (3, STACKED_ELEMENTS + 4)])
+def test_instability_counts_large_parameters(sizes, width):
+    curvature = torch.linspace(1.0, 5.0, sum(sizes), dtype=torch.float64)
+    rows = descent(0.3, curvature, width=width)
+    plain = [r.gradients[0].reshape(width, -1) for r in rows]
+    for r in rows:
+        for name in ("before", "after", "gradients"):
+            whole = getattr(r, name)[0]
+            setattr(r, name, list(torch.split(whole, list(sizes), dim=-1)))
+
+    numbers = measure(rows, len(sizes), width)
+
+    for step, task in itertools.product(range(1, len(rows)), range(width)):
+        g = plain[step - 1][task]
+        expected = 0.3 * float((curvature * g) @ g / (g @ g))
+        assert numbers.instability[step, task] == pytest.approx(expected, rel=1e-9)
+
+
+def test_large_parameters_of_tasks_in_turn():
+    ones = descent(0.3, torch.ones(STACKED_ELEMENTS + 4))
+    fives = descent(0.3, torch.full((STACKED_ELEMENTS + 4,), 5.0))
+    in_turn = [r for both in zip(ones, fives, strict=True) for r in both]
+
+    numbers = measure(in_turn, 1, 1)
+
+    assert np.isnan(numbers.instability[:2]).all()
+    np.testing.assert_allclose(numbers.instability[2::2], 0.3, rtol=1e-9)
+    np.testing.assert_allclose(numbers.instability[3::2], 1.5, rtol=1e-9)
 
 
 def test_instability_over_the_edge_of_a_block():

@@ -39,7 +39,8 @@ class Reporter:
     def __init__(self, session: Session) -> None:
         self.case = Case()
         self._session = session
-        self._waiting: list[Fault] = []
+        #: Faults that were found and are not reported yet.
+        self.waiting: list[Fault] = []
         self._keys: set[tuple[object, ...]] = set()
         self._budget = _ARMED_IN_ALL
 
@@ -47,11 +48,6 @@ class Reporter:
     def known(self) -> bool:
         """Whether a fault was found already: what is bad from then on may be its doing."""
         return bool(self._keys)
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a fault was found that is not reported yet."""
-        return bool(self._waiting)
 
     def found(self, fault: Fault, window: Window, place: Place | None) -> None:
         """Take a new fault; one like an earlier one is dropped, a suspicion gives way to proof."""
@@ -64,22 +60,22 @@ class Reporter:
         if fault.step < 0:
             fault.step = window.step
         if fault.certain:
-            for suspicion in [other for other in self._waiting if not other.certain]:
+            for suspicion in [other for other in self.waiting if not other.certain]:
                 if (suspicion.phase, suspicion.operation) == (fault.phase, fault.operation):
                     fault.task, fault.step = suspicion.task, suspicion.step
-                self._waiting.remove(suspicion)
-        self._waiting.append(fault)
+                self.waiting.remove(suspicion)
+        self.waiting.append(fault)
         if fault.line < 0:
             self._give_line(fault, window)
         if self._session.eager or self._complete(fault):
             self._release(fault)
-        if fault in self._waiting:
+        if fault in self.waiting:
             self.case.armed = min(_ARMED_CALLS, self._budget)
 
     def latest_was_before(self, window: Window) -> None:
         """The fault just found was made by the step before ``window``'s."""
-        if self._waiting and self._waiting[-1].site == window.site and window.step > 0:
-            self._waiting[-1].step = window.step - 1
+        if self.waiting and self.waiting[-1].site == window.site and window.step > 0:
+            self.waiting[-1].step = window.step - 1
 
     def alarm(self) -> None:
         """Something is wrong, and nothing is known yet."""
@@ -87,7 +83,7 @@ class Reporter:
 
     def advance(self, window: Window) -> None:
         """Another gradient call begins: look what waiting faults can be given now."""
-        for fault in list(self._waiting):
+        for fault in list(self.waiting):
             fault.waited += 1
             if fault.line < 0:
                 self._give_line(fault, window)
@@ -101,7 +97,7 @@ class Reporter:
     def arm(self, suspecting: bool) -> None:
         """Until the next gradient call, while anything is left to find out."""
         case = self.case
-        wanted = suspecting or any(fault.line < 0 for fault in self._waiting)
+        wanted = suspecting or any(fault.line < 0 for fault in self.waiting)
         case.notes = []
         if case.armed <= 0 or not (wanted or not self.known):
             case.mode, case.armed = None, 0
@@ -118,16 +114,16 @@ class Reporter:
             self.case.mode.take_off()
             self.case.mode = None
         self.case.armed = 0
-        for fault in list(self._waiting):
+        for fault in list(self.waiting):
             if _confirmed(fault):
                 self._release(fault)
-        self._waiting = []
+        self.waiting = []
 
     def _complete(self, fault: Fault) -> bool:
         return fault.line >= 0 and fault.certain and _confirmed(fault)
 
     def _release(self, fault: Fault) -> None:
-        self._waiting.remove(fault)
+        self.waiting.remove(fault)
         data = fault.data(self._session.sites.name)
         self._session.event("forensics", None, fault.line, **data)
 
