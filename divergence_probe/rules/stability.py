@@ -11,6 +11,7 @@ import numpy as np
 from divergence_probe.record.schema import Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.fresh_batches import FreshBatches, promised_by
 from divergence_probe.rules.quantities import descent, known, median_rate, whole
 from divergence_probe.thresholds import Thresholds
 
@@ -53,6 +54,10 @@ class StepBeyondStability(Rule):
     counts where loss and gradient grow as that predicts, twice in a row (or once by a decade), and
     says at which step the weights overflow if it goes on, and which learning rate would be stable.
 
+    Where losses do not go as the slopes at both ends of short steps foretell, every step sees
+    another batch. Two slopes may then disagree because two samples do, so it takes three overshoots
+    in a row and a loss ten times the first.
+
     Where the valley has a kink or the far side saturates, two gradients do not show it. There the
     loss itself bounds the curvature: it cannot fall below 0, so on a quadratic a step that
     promises a decrease of d from a loss f has a curvature of at least d / 2f. Above 2, with the
@@ -85,12 +90,13 @@ class StepBeyondStability(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._courses: dict[tuple[int, int], _Course] = {}
+        self._batches = FreshBatches()
         # lines whose loss has been negative: it is not bounded by 0 (a policy gradient, a density)
         self._unbounded: set[tuple[int, float]] = set()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, as soon as the course is clear."""
-        unbounded = self._unbounded_since(frame)
+        unbounded, fresh = self._unbounded_since(frame), self._fresh(frame)
         told = frame.of_tasks(self._may_overshoot(frame))
         self._pass_over(frame, frame.seen & frame.unfinished & ~told)
         gradients, descents = whole(frame, "gradient_norm"), descent(frame)
@@ -108,7 +114,7 @@ class StepBeyondStability(Rule):
                 course.overshoots, course.by_value = 0, False
             grown = float(gradients[row]) >= 2 * course.before
             first = float(frame.first_loss[row])
-            if not course.reported and self._is_clear(course, loss, first, grown):
+            if not course.reported and self._is_clear(course, loss, first, grown, bool(fresh[row])):
                 course.reported = True
                 yield self._describe(frame, row, course)
             course.loss, course.gradient = loss, float(gradients[row])
@@ -116,6 +122,15 @@ class StepBeyondStability(Rule):
             course.lowest = min(course.lowest, loss) if math.isfinite(loss) else course.lowest
         for task in frame.block.ended:
             self._courses.pop((frame.block.rank, task), None)
+
+    def _fresh(self, frame: Frame) -> Flags:
+        """``[S]`` whether a row's line is known to see another batch at every step."""
+        losses, promised = promised_by(frame)
+        for row in np.flatnonzero(frame.seen & np.isnan(losses) & (frame.step > 0)).tolist():
+            course = self._courses.get((frame.block.rank, int(frame.task[row])))
+            if course is not None:  # it began in an earlier block
+                losses[row], promised[row] = course.loss, course.descent
+        return np.asarray(self._batches.note(frame, losses, promised), dtype=bool)
 
     def _unbounded_since(self, frame: Frame) -> dict[tuple[int, float], int]:
         """By line, the first row from which on its loss is known to go below 0."""
@@ -178,15 +193,21 @@ class StepBeyondStability(Rule):
         most = 2 * course.descent * (product - 1)
         return gradient > course.gradient and 0.1 * predicted < loss - course.loss < most
 
-    def _is_clear(self, course: _Course, loss: float, first: float, grown: bool) -> bool:
+    def _is_clear(
+        self, course: _Course, loss: float, first: float, grown: bool, fresh: bool
+    ) -> bool:
         """Whether the growth cannot be noise: twice in a row, or a decade at once.
 
         Where the loss's value is what tells, loss and gradient must have doubled: a bounded loss
-        (of frequencies, say) is thrown about by steps that are long, and nothing grows.
+        (of frequencies, say) is thrown about by steps that are long, and nothing grows. Where every
+        step sees another batch (``fresh``), two slopes that disagree may be those of two samples:
+        then it takes three in a row, and a decade.
         """
         if not course.overshoots or not math.isfinite(first):
             return False
         floor = max(course.lowest, 1e-3 * abs(first), 1e-12)
+        if fresh:
+            return course.overshoots >= 3 and loss >= 10 * max(floor, abs(first))
         if loss >= 10 * max(floor, abs(first), course.loss):
             return True
         if course.by_value and not (grown and loss > 2 * abs(first)):

@@ -75,6 +75,43 @@ def test_a_rise_that_the_slope_does_not_explain_is_another_batch():
     assert silent("LR001", rows)
 
 
+def thrown_about(task, steps=5, rate=0.1):
+    """Short steps whose loss goes up and down by batches, whatever their slopes promise."""
+    return [
+        inner(
+            task, step, loss=(2.0, 0.5)[step % 2], instability=0.3 if step else NAN,
+            gradient_norm=1.0, update_norm=rate, step_rate=rate, norm_after=10.0,
+        )
+        for step in range(steps)
+    ]  # fmt: skip
+
+
+def overshooting(product, steps, task):
+    block = quadratic(product, steps=steps)
+    block.scalars["task"][:] = task
+    return block
+
+
+def test_slopes_of_fresh_batches_that_disagree_twice():
+    assert one("LR001", overshooting(2.5, 3, task=1)).step == 2
+    known = make(*thrown_about(0), parameters=ONE)
+    assert silent("LR001", known, overshooting(2.5, 3, task=1))
+
+
+def test_fresh_batches_and_steps_that_are_too_long_all_the_same():
+    known = make(*thrown_about(0), parameters=ONE)
+
+    assert one("LR001", known, overshooting(3.0, 8, task=1)).step == 3  # the third, over a decade
+
+
+def test_losses_that_go_as_their_slopes_foretell_are_of_one_batch():
+    rows = thrown_about(0)
+    for step, row in enumerate(rows):  # the trapezoid rule of a step of 0.1 and slopes of 1 and 0.7
+        row["loss"] = 2.0 - 0.085 * step
+
+    assert one("LR001", make(*rows, parameters=ONE), overshooting(2.5, 3, task=1)).step == 2
+
+
 def test_a_decade_counts_over_one_step_only():
     rows = quadratic(2.2, steps=2)
     rows.scalars["loss"][:] = 0.4, 0.5
