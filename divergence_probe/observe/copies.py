@@ -61,6 +61,8 @@ def _module(session: Session) -> Callable[..., Any]:
         if isinstance(result, nn.Module) and session.guard.watching:
             with session.guard.work():
                 session.models.note_module_copy(result, self)
+                for keep in session.keeping:
+                    keep(self)
         return result
 
     return __deepcopy__
@@ -137,6 +139,8 @@ def _state(session: Session, states: _States, original: Callable[..., Any]) -> C
         if whole and session.guard.watching:
             with session.guard.work():
                 states.note(self)
+                for keep in session.keeping:
+                    keep(self)
         return result
 
     return state_dict

@@ -88,6 +88,10 @@ class Nesting:
         self.tasks = [*self.tasks[-8:], task]
         self._starts = [*self._starts[-8:], start]
 
+    def goes_back(self, task: Task) -> None:
+        """A task began with weights that its own optimizer had come to: training goes on."""
+        self.tasks = [*self.tasks[-8:], task]
+
     def _starting_over(self, starts: Sequence[_Start]) -> list[Task]:
         """The tasks that the last one shows to be inner loops: those since it began like this.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -31,6 +31,7 @@ from divergence_probe.observe.optimizer_facts import (
 )
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import (
     Values,
@@ -101,6 +102,7 @@ class Optimizers:
         self._thread = _Thread()
         self._tasks: weakref.WeakKeyDictionary[Optimizer, Task] = weakref.WeakKeyDictionary()
         self._nesting = Nesting(session)
+        self._rollbacks = Rollbacks()
         self._in_turn, self._reptile = loops.tasks.in_turn, loops.tasks.reptile
         self._loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._through: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -113,6 +115,7 @@ class Optimizers:
         self.spent: list[Callable[[Pending], None]] = []
         session.closing += [self.close, self._reptile.close]
         session.restoring.append(self._restored)
+        session.keeping.append(self._kept)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """A step of ``torch.optim`` begins (torch's hook); its closure is looked into, too."""
@@ -475,7 +478,9 @@ class Optimizers:
         declared = self._declared_inner(step)
         confirmed = declared or self._copied_before(base) or step.known in self._in_turn.moved
         values = spread(step.before, step.positions, len(step.known.layout.parameters))
-        self._reptile.begins(step.known, step.positions, step.before)
+        back = self._rollbacks.leads_to(step.optimizer, values)
+        if not back:
+            self._reptile.begins(step.known, step.positions, step.before)
         task = self._session.start_task(
             step.known,
             "torch.optim",
@@ -493,8 +498,11 @@ class Optimizers:
         self._tasks[step.optimizer] = task
         self._in_turn.adapted |= base is None
         self._loaded.discard(step.optimizer)
-        self._nesting.began(task, values, step.parameters, goes_on)
-        self._reptile.began(task)
+        if back:
+            self._nesting.goes_back(task)
+        else:
+            self._nesting.began(task, values, step.parameters, goes_on)
+            self._reptile.began(task)
         others = all(step.known.position(parameter) is None for parameter in step.parameters)
         if base is None and others and not task.provisional:
             self._session.models.note_begun_alike(step.known)
@@ -576,6 +584,13 @@ class Optimizers:
             or (isinstance(declared, str) and named.get(declared) is step.optimizer)
             for declared in self._session.inner
         )
+
+    def _kept(self, module: nn.Module) -> None:
+        """The state of a module is asked for, or it is copied."""
+        open_ = self._session.adapting(module) if self._tasks else ()
+        for optimizer, task in list(self._tasks.items()):
+            if any(task is other for other in open_):
+                self._rollbacks.note(optimizer, task)
 
     def _restored(self, task: Task) -> None:
         """The weights a task adapted in place were loaded anew."""

@@ -93,6 +93,8 @@ class Session:
         #: Bases that took an outer step since the last of their tasks began.
         self.just_stepped: set[KnownModel] = set()
         self.restoring: list[Callable[[Task], None]] = []
+        #: Called with a module whose state is asked for, or that is copied: it may be kept.
+        self.keeping: list[Callable[[nn.Module], None]] = []
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | None = None
         self._retention = Retention()
