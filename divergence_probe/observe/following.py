@@ -47,6 +47,8 @@ class Follower(TorchFunctionMode):
         self._cut: set[int] = set()
         # what is a candidate in another shape, and which one
         self._reshaped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        # what is made of a gradient and of where its parameter's task began
+        self._stepped_from_start: dict[int, weakref.ref[Tensor]] = {}
         self._storages: dict[int, list[int]] = {}
         self._pushed = self._paused = False
         self._handling = 0
@@ -133,6 +135,7 @@ class Follower(TorchFunctionMode):
         self._gradients = []
         if self._tags:
             self._tags, self._storages, self._cut, self._reshaped = {}, {}, set(), {}
+            self._stepped_from_start = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
@@ -221,12 +224,23 @@ class Follower(TorchFunctionMode):
             pending.escaped = True
         both = parameters & gradients
         note_standstill(pending, both, result, operation, steps, _rates(args, kwargs))
+        if gradients and not parameters:
+            self._step_from_start(pending, gradients, args, kwargs, result)
         for tensor in _results(result):
             if cut and gradients:
                 self._cut.add(id(tensor))
             self._made(pending, tensor, parameters, gradients)
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
+
+    def _step_from_start(
+        self, pending: Pending, gradients: frozenset[int], args: Any, kwargs: Any, result: Any
+    ) -> None:
+        """Note a result of gradients and of what their parameters were when their task began."""
+        others = [tensor for tensor in _tensors(args, kwargs) if id(tensor) not in self._tags]
+        for tensor in _results(result) if others else ():
+            if any(_moves_back(pending, index, others) for index in gradients):
+                self._stepped_from_start[id(tensor)] = weakref.ref(tensor)
 
     def _taken(
         self, pending: Pending, operation: Operation, args: Any, kwargs: Any
@@ -239,8 +253,9 @@ class Follower(TorchFunctionMode):
         """
         parameters = gradients = _NOTHING
         steps: list[Tensor] = []
-        # What is overwritten does not matter to the value that comes out, only what it is made of.
-        sources = args[1:] if operation.overwrites else args
+        # What is overwritten does not matter to the value that comes out, only what it is made of;
+        # nor does what only lends its shape.
+        sources = args[1:] if operation.overwrites else args[:1] if operation.reshapes else args
         cut = operation.detaches or not self._guard.differentiable
         for tensor in _tensors(sources, kwargs):
             tag = self._tags.get(id(tensor))
@@ -323,11 +338,17 @@ class Follower(TorchFunctionMode):
             (the clones of the next task) is no update of this one.
         """
         index = pending.is_input(target) if operation.name == "data.__set__" else None
-        if index is None:
+        if index is not None:  # its memory is another from now on
+            self._storages.setdefault(_storage(target), []).append(index)
+        else:
             index = self._parameter_at(pending, target)
         updated = index is not None and pending.writes[index] and index not in pending.moved_back
         if index is not None and updated and _moves_back(pending, index, operands):
             pending.moved_back.add(index)
+        first = index is not None and not pending.writes[index]
+        if index is not None and first and operation.overwrites and not parameters:
+            # (Later writes only put back what was updated.)
+            pending.displaced[index] = self._from_start(pending, index, operands, gradients)
         if index is not None and self._updates(pending, index, operation, gradients):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
@@ -342,15 +363,31 @@ class Follower(TorchFunctionMode):
         self._tag(target, parameters, gradients)
         return False
 
+    def _from_start(
+        self, pending: Pending, index: int, values: Sequence[Tensor], gradients: frozenset[int]
+    ) -> bool:
+        """Whether what is written is where a parameter's task began, or a step from there."""
+        if not gradients:
+            return _moves_back(pending, index, values)
+        known = (self._stepped_from_start.get(id(value)) for value in values)
+        return any(entry is not None and entry() is not None for entry in known)
+
     def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:
-        """Whose memory ``target`` is; several parameters may be views of one vector."""
-        indices = self._storages.get(_storage(target), [])
+        """Whose memory ``target`` is; several parameters may be views of one vector.
+
+        (That of one which is gone, or has other memory by now, may be anybody's.)
+        """
+        place = _storage(target)
+        known = self._storages.get(place)
+        if known is None:
+            return None
+        alive = [(i, t) for i in known if (t := pending.inputs[i]()) is not None]
+        indices = [(index, tensor) for index, tensor in alive if _storage(tensor) == place]
         if len(indices) == 1:
-            return indices[0]
+            return indices[0][0]
         address = plain(target).data_ptr() if indices else 0
-        for index in indices:
-            tensor = pending.inputs[index]()
-            if tensor is not None and plain(tensor).data_ptr() == address:
+        for index, tensor in indices:
+            if plain(tensor).data_ptr() == address:
                 return index
         return None
 

@@ -25,7 +25,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import Values, is_empty, is_whole, spread
+from divergence_probe.observe.snapshot import Values, gathered, is_empty, is_whole, spread
 from divergence_probe.observe.standstill import settle_standstill
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
@@ -76,8 +76,12 @@ class LoopTasks:
         """``pending`` led to ``update``: a step of its task, of a new one, or of the base."""
         thread = self._thread
         settle_standstill(pending, update.values)
+        self._forget_disturbance(pending)
         if outer_steps.is_one(pending, update):
             self._outer(pending, update)
+            return
+        if update.in_place and outer_steps.starts_from_where_it_began(pending, update):
+            self._outer_put_back(pending, update)
             return
         task = pending.task
         if task is None or task.ended or task is not thread.task:
@@ -85,6 +89,7 @@ class LoopTasks:
             task = self.start(pending, update.in_place, doubtful)
         elif task.doubtful:
             self._stands(task)
+        task.anchored |= bool(pending.displaced)
         flags = pending.flags
         flags |= 0 if update.certain else FLAGS["uncertain"]
         flags |= 0 if update.complete else FLAGS["incomplete"]
@@ -245,6 +250,19 @@ class LoopTasks:
         if task.first is not None:
             self._began_in_place(task, task.first.before, [t() if t else None for t in task.fast])
 
+    def _forget_disturbance(self, pending: Pending) -> None:
+        """A doubtful task's weights were put back before this step: it is one from there."""
+        task, back = pending.task, pending.displaced
+        if task is None or not task.doubtful or task.first is None or task is not self._thread.task:
+            return
+        if len(back) < len(pending.inputs) or not all(back.values()):
+            return
+        self._thread.task = None
+        self._session.discard(task)
+        pending.task, pending.learned.disturbs = None, True
+        pending.named = task.known, task.positions
+        pending.before = gathered(task.first.before, task.positions)  # type: ignore[assignment]
+
     def undone(self, parameters: Sequence[Tensor]) -> Task | None:
         """The task that only disturbed an optimizer's parameters: they are back.
 
@@ -313,6 +331,20 @@ class LoopTasks:
             | (FLAGS["incomplete"] if is_empty(pending.gradients) else 0),
             optimizer="",
         )
+
+    def _outer_put_back(self, pending: Pending, update: Update) -> None:
+        """The weights of a task were put back to where it began, and moved from there.
+
+        By its gradient, or by a sum that this is a part of: no gradient is recorded.
+        """
+        task = pending.task
+        assert task is not None and task.first is not None
+        self._session.confirm(task)
+        self.not_a_step(pending)
+        pending.named = task.known, task.positions
+        pending.before = gathered(task.first.before, task.positions)  # type: ignore[assignment]
+        pending.gradients = [None] * len(pending.inputs)
+        self._outer(pending, update)
 
     def moved(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` were stepped: no gradient of theirs waits for that any more."""

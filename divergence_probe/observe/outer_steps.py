@@ -6,7 +6,9 @@ gradient of their own weights through the fast weights of a task. What they move
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +17,21 @@ from torch import Tensor
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
-from divergence_probe.observe.snapshot import Values
+from divergence_probe.observe.snapshot import Values, gathered
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import (
     address_of,
     base_of,
     identities,
+    is_at_hand,
     physical,
     waits_for_nothing,
 )
 
 # What lies between a loss and the fast weights is one forward; a larger graph is not searched.
 _MOST_NODES = 4096
+# Cosines to straight down from which on a way leads down, and from which on it is a plain step.
+_DOWN, _STRAIGHT = 0.5, 0.999
 # Agents whose outer steps come together; each one's weights are kept as they were.
 _MOST_WAITING = 7
 
@@ -42,6 +47,60 @@ def is_one(pending: Pending, update: Update) -> bool:
     return pending.through and all(
         tensor is None or tensor.is_leaf or base_of(tensor) is not None for tensor in update.tensors
     )
+
+
+def starts_from_where_it_began(pending: Pending, update: Update) -> bool:
+    """Whether weights that were adapted in place were stepped from where their task began.
+
+    First order MAML on one model, by hand: the weights are put back, and moved from there by the
+    gradient that was taken where they had been adapted to. Where that is one write, its value
+    tells: it is closer to the beginning, and more down the gradient from there. Looked at only
+    where that waits for nothing.
+    """
+    task = pending.task
+    if not pending.displaced or task is None or task.first is None or task.ended or task.doubtful:
+        return False
+    if pending.learned.disturbs:
+        return False
+    if all(pending.displaced.values()) and not task.anchored:
+        return True
+    began = gathered(task.first.before, task.positions)
+    from_start, from_here = _Way(), _Way()
+    for start, before, after, gradient in zip(
+        began, pending.before, update.values, pending.gradients, strict=False
+    ):
+        if start is None or after is None or gradient is None or not is_at_hand(after):
+            return False
+        from_start.add(after - start, gradient)
+        from_here.add(after - before, gradient)
+    if from_start.length >= from_here.length:
+        return False
+    if not task.anchored:  # no step of it was ever made without the parameters themselves
+        return True
+    steeper = from_start.descent > from_here.descent
+    return steeper and (from_start.descent > _STRAIGHT or from_here.descent < _DOWN)
+
+
+@dataclass
+class _Way:
+    """From one set of weights to another, beside a gradient; squared lengths, and their product."""
+
+    length: float = 0.0
+    slope: float = 0.0
+    product: float = 0.0
+
+    def add(self, way: Tensor, gradient: Tensor) -> None:
+        """One parameter's part."""
+        way, gradient = way.double(), gradient.double()
+        self.length += float(way.square().sum())
+        self.slope += float(gradient.square().sum())
+        self.product += float((way * gradient).sum())
+
+    @property
+    def descent(self) -> float:
+        """Cosine between the way and straight down; 0 where there is none."""
+        size = math.sqrt(self.length * self.slope)
+        return -self.product / size if size > 0 else 0.0
 
 
 def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None:

@@ -45,6 +45,7 @@ class Learned:
         script: the operations of the update, once they were the same for a while.
         scripts: how many scripts were tried to learn.
         flags: ``schema.FLAGS`` that hold of every step here.
+        disturbs: whether weights were put back before the step here, as they were only disturbed.
         discards: whether an update was thrown away here: each is followed to its first use.
     """
 
@@ -60,6 +61,7 @@ class Learned:
     script: Script | None = None
     scripts: int = 0
     flags: int = 0
+    disturbs: bool = False
     discards: bool = False
 
     @property
@@ -115,6 +117,8 @@ class Pending:
         used: for each input, the candidate that was first used as a weight.
         met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
+        displaced: inputs that were put elsewhere before their update, or written to with a value
+            that was made without them; whether that is known to be where their task began.
         moved_back: inputs that were, after that, computed with what they began from: no update.
         versions: the parameters' own counts of in-place changes at that time.
         escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
@@ -155,6 +159,7 @@ class Pending:
     writes: list[int] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
+    displaced: dict[int, bool] = field(default_factory=dict)
     moved_back: set[int] = field(default_factory=set)
     versions: dict[int, int] = field(default_factory=dict)
     escaped: bool = False

@@ -45,6 +45,8 @@ class Task:
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
         doubtful: whether its only step may be undone before the real one is taken.
+        anchored: whether a step of it was written with a value that was made without the parameter
+            itself: so may later ones be.
         first: the row of its first step.
         came_to: values its weights ended with, once it is over.
         recomputed: normalisation layers seen running again inside a gradient call.
@@ -75,6 +77,7 @@ class Task:
     provisional: bool = False
     held: list[Row] = field(default_factory=list)
     doubtful: bool = False
+    anchored: bool = False
     first: Row | None = None
     came_to: Values | None = None
     recomputed: set[str | None] = field(default_factory=set)
