@@ -25,7 +25,13 @@ import torch
 import divergence_probe
 from divergence_probe.record.reader import Recording
 from divergence_probe.record.schema import FLAGS
-from tests.coverage_loops import by_hand, torch_functions, torch_optimizers, with_libraries
+from tests.coverage_loops import (
+    by_hand,
+    on_one_model,
+    torch_functions,
+    torch_optimizers,
+    with_libraries,
+)
 from tests.coverage_loops.notes import Notes, Outer, Step
 
 TOLERANCE = 1e-6
@@ -60,6 +66,7 @@ def cells() -> list[Cell]:
     groups: list[tuple[str, Iterable[tuple[str, str, str, Any]]]] = [
         ("by hand", by_hand.cells()),
         ("torch.func", torch_functions.cells()),
+        ("by hand", on_one_model.cells()),
         ("torch.optim", torch_optimizers.cells()),
     ]
     groups += [(name, with_libraries.cells(name)) for name in with_libraries.LIBRARIES]
