@@ -1,12 +1,19 @@
-"""What an optimizer says of itself: its learning rate, and what is left of earlier use."""
+"""What an optimizer says of itself, and a step of it while it is in progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from divergence_probe.observe.snapshot import Values
+
+if TYPE_CHECKING:
+    from divergence_probe.observe.models import KnownModel
+    from divergence_probe.observe.pending import Pending
+    from divergence_probe.observe.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,45 @@ class OptimizerFacts:
     name: str
     learning_rate: float | Tensor | None
     carried: Callable[[], Carried]
+
+
+@dataclass
+class Step:
+    """An optimizer step in progress.
+
+    Attributes:
+        optimizer: it.
+        facts: what it says of itself.
+        parameters: what it moves of the model.
+        before: their values.
+        versions: their counts of in-place changes.
+        gradients: theirs, None where there is none.
+        pending: the gradient call it acts on; None where its gradients were put there by hand.
+        site: number of the user's line.
+        known: the model that names them.
+        positions: theirs in it.
+        outer: whether it is an outer step.
+        base: the model they are copies of, if they are.
+        disturbed: what only moved them there and back before it.
+        carried: what is left in the optimizer from earlier use, where a task may begin.
+        goes_on: the task it goes on with.
+    """
+
+    optimizer: Any
+    facts: OptimizerFacts
+    parameters: list[Tensor]
+    before: Values
+    versions: list[int]
+    gradients: Values
+    pending: Pending | None
+    site: int
+    known: KnownModel
+    positions: list[int]
+    outer: bool
+    base: KnownModel | None
+    disturbed: Task | None = None
+    carried: Carried = field(default_factory=Carried)
+    goes_on: Task | None = None
 
 
 def learning_rate_of(groups: Iterable[Mapping[str, Any]]) -> float | Tensor | None:

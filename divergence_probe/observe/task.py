@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,14 @@ class Task:
         """Positions of its current fast weights, by identity."""
         alive = ((r() if r is not None else None, place) for place, r in enumerate(self.fast))
         return {id(tensor): place for tensor, place in alive if tensor is not None}
+
+    def adapts(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether ``parameters`` are the very ones it adapts, in its order."""
+        fast = [self.fast[place] for place in self.positions] if self.fast else []
+        return len(fast) == len(parameters) and all(
+            reference is not None and reference() is parameter
+            for reference, parameter in zip(fast, parameters, strict=True)
+        )
 
     @property
     def adapted(self) -> Values | None:

@@ -1,0 +1,241 @@
+"""Tasks of optimizers that step in place: which one a step goes on with, and where one begins."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divergence_probe.observe.capture import Forwards
+from divergence_probe.observe.loops import Loops
+from divergence_probe.observe.models import KnownModel
+from divergence_probe.observe.nesting import Nesting
+from divergence_probe.observe.optimizer_facts import Step
+from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.rollbacks import Rollbacks
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import are_equal, gathered, is_empty, spread
+from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import was_left_alone
+
+Columns = Sequence[Sequence[Tensor | None]]
+
+
+class _Thread(threading.local):
+    """The gradient and the task of a thread's latest inner step."""
+
+    last: tuple[Pending | None, Task] | None = None
+
+
+class InPlaceTasks:
+    """The inner loops that optimizers run in place, on copies or on one model.
+
+    Attributes:
+        of: the latest task of each optimizer.
+        adapted: what was adapted in place, in inner loops that are known to be such.
+    """
+
+    def __init__(self, session: Session, loops: Loops) -> None:
+        self._session = session
+        self._loops = loops
+        self._in_turn, self._reptile = loops.tasks.in_turn, loops.tasks.reptile
+        self.of: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
+        self.adapted: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+        self._nesting = Nesting(session)
+        self._rollbacks = Rollbacks()
+        self._loaded: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._thread = _Thread()
+        session.closing.append(self.close)
+        session.restoring.append(self._restored)
+        session.keeping.append(self._kept)
+
+    @property
+    def latest(self) -> Sequence[Task]:
+        """The last few tasks of all optimizers, in order."""
+        return self._nesting.tasks
+
+    def state_loaded(self, optimizer: Any) -> None:
+        """A state put into an optimizer is meant to be there when its next task begins."""
+        self._loaded.add(optimizer)
+
+    def outer_step(self) -> None:
+        """A base was moved: copies that were trained before were inner loops."""
+        self._nesting.outer_step()
+
+    def is_declared(self, step: Step) -> bool:
+        """Whether the user has said that a step's optimizer is an inner one."""
+        named = vars(sys.modules.get("__main__", sys))
+        return any(
+            declared is step.optimizer
+            or declared in (type(step.optimizer), step.facts.name)
+            or (isinstance(declared, str) and named.get(declared) is step.optimizer)
+            for declared in self._session.inner
+        )
+
+    def step(self, step: Step, columns: Columns) -> None:
+        """An inner step was taken, with these values before and after it, and gradients."""
+        if step.base is None and is_empty(step.gradients):
+            return  # an optimizer that moves nothing takes no step
+        task = self._task_of(step)
+        if self._merge(step, task, columns):
+            return
+        pending = step.pending
+        flags = pending.flags if pending is not None else 0
+        self._session.step(
+            task,
+            *columns,
+            loss=pending.loss if pending is not None else None,
+            learning_rate=step.facts.learning_rate,
+            site=step.site,
+            forwards=pending.forwards if pending is not None else Forwards(),
+            flags=flags,
+            carried=_carried(pending, step.parameters),
+        )
+        task.fast = [None] * len(step.known.layout.parameters)
+        for parameter, position in zip(step.parameters, step.positions, strict=True):
+            task.fast[position] = weakref.ref(parameter)
+            task.versions[position] = parameter._version
+        self._thread.last = (pending, task)
+
+    def _merge(self, step: Step, task: Task, columns: Columns) -> bool:
+        """A second optimizer after the same backward completes the row of the first."""
+        if step.pending is not None or self._thread.last is None:
+            return False
+        if self._thread.last[1] is not task or task.last is None:
+            return False
+        row = task.last
+        for name, values in zip(("before", "after", "gradients"), columns, strict=True):
+            kept = list(getattr(row, name))
+            if name == "before" and any(
+                a is not None and b is not None for a, b in zip(kept, values, strict=True)
+            ):
+                return False
+            setattr(
+                row, name, [a if a is not None else b for a, b in zip(kept, values, strict=True)]
+            )
+        return True
+
+    def going_on(self, step: Step) -> Task | None:
+        """The open task that a step goes on with: its weights are what the last one left."""
+        for optimizer, task in list(self.of.items()):
+            if task.ended or task.known is not step.known:
+                continue
+            own = optimizer is step.optimizer or set(step.positions).isdisjoint(task.positions)
+            if own and self._unchanged(task, step):
+                return task
+        return None
+
+    def _task_of(self, step: Step) -> Task:
+        """The task this in-place step belongs to; a new one where the weights were reset."""
+        if step.goes_on is not None and not step.goes_on.ended:
+            return step.goes_on
+        self._loops.tasks.end_task()
+        # (not of self.of: the optimizer of the task before may be gone)
+        latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
+        goes_on = bool(latest) and self._unchanged(latest[-1], step)
+        for task in [t for t in self.of.values() if t.known is step.known and not t.ended]:
+            self._finish(task)
+        base = step.base
+        self.adapted.update(
+            t.known for t in self._nesting.tasks if t.base is None and not t.provisional
+        )
+        declared = self.is_declared(step)
+        confirmed = declared or self._copied_before(base) or step.known in self._in_turn.moved
+        values = spread(step.before, step.positions, len(step.known.layout.parameters))
+        back = self._rollbacks.leads_to(step.optimizer, values)
+        if not back:
+            self._reptile.begins(step.known, step.positions, step.before)
+        task = self._session.start_task(
+            step.known,
+            "torch.optim",
+            step.site,
+            base=base,
+            provisional=not confirmed,
+            optimizer=step.facts.name,
+            in_place=True,
+            carried_steps=step.carried.steps,
+            carried_state=step.carried.state,
+            loaded_state=step.optimizer in self._loaded,
+            copied=base is not None,
+        )
+        task.positions, task.in_place = step.positions, True
+        self.of[step.optimizer] = task
+        self._in_turn.adapted |= base is None
+        self._loaded.discard(step.optimizer)
+        if back:
+            self._nesting.goes_back(task)
+        else:
+            self._nesting.began(task, values, step.parameters, goes_on)
+            self._reptile.began(task)
+        others = all(step.known.position(parameter) is None for parameter in step.parameters)
+        if base is None and others and not task.provisional:
+            self._session.models.note_begun_alike(step.known)
+        return task
+
+    def _unchanged(self, task: Task, step: Step) -> bool:
+        if task.last is None:
+            return True
+        if step.disturbed is not None and step.disturbed.first is not None:
+            # Where they were before that: to put them back is not exact.
+            found = gathered(step.disturbed.first.before, step.positions)
+            return all(map(_same, found, gathered(task.last.after, step.positions)))
+        if step.positions == task.positions and are_equal(step.before, task.last.after):
+            return True
+        return all(
+            value is None
+            or was_left_alone(value, version, task.last.after[place], task.versions.get(place))
+            for value, version, place in zip(
+                step.before, step.versions, step.positions, strict=True
+            )
+        )
+
+    def _copied_before(self, base: KnownModel | None) -> bool:
+        """Whether another copy of the same base was adapted before this one."""
+        if base is None:
+            return False
+        earlier = [task for task in self._nesting.tasks if task.base is base]
+        for task in earlier:
+            self._session.confirm(task)
+        return bool(earlier)
+
+    def _kept(self, module: nn.Module) -> None:
+        """The state of a module is asked for, or it is copied."""
+        open_ = self._session.adapting(module) if self.of else ()
+        for optimizer, task in list(self.of.items()):
+            if any(task is other for other in open_):
+                self._rollbacks.note(optimizer, task)
+
+    def _restored(self, task: Task) -> None:
+        """The weights a task adapted in place were loaded anew."""
+        if any(own is task for own in self.of.values()):
+            self._finish(task)
+
+    def _finish(self, task: Task) -> None:
+        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        taken = self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
+        task.forwards.extend(taken)
+        self._session.finish_task(task)
+
+    def close(self) -> None:
+        """The run is over."""
+        for task in list(self.of.values()):
+            if not task.ended:
+                self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+
+
+def _same(value: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two values are equal (None is no other)."""
+    return value is None or other is None or torch.equal(value, other)
+
+
+def _carried(pending: Pending | None, parameters: list[Tensor]) -> list[Tensor]:
+    """Gradients that were already there, of the parameters this optimizer steps."""
+    if pending is None:
+        return []
+    stepped = {id(parameter) for parameter in parameters}
+    return [gradient for leaf, gradient in pending.carried if id(leaf()) in stepped]

@@ -1,0 +1,183 @@
+"""What an optimizer's parameters are: a base, copies of one, or weights adapted in place."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from divergence_probe.observe.in_place_tasks import InPlaceTasks
+from divergence_probe.observe.in_turn import InTurn
+from divergence_probe.observe.models import KnownModel, base_among
+from divergence_probe.observe.naming import named
+from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a step moves.
+
+    Attributes:
+        parameters: those of the optimizer's that are of the model.
+        known: the model that names them.
+        positions: theirs in it.
+        base: the model they are copies of, if they are.
+        outer: whether to move them is an outer step.
+    """
+
+    parameters: list[Tensor]
+    known: KnownModel
+    positions: list[int]
+    base: KnownModel | None
+    outer: bool
+
+
+class Targets:
+    """Tells bases from their copies, and outer optimizers from inner ones."""
+
+    def __init__(self, session: Session, tasks: InPlaceTasks, in_turn: InTurn) -> None:
+        self._session = session
+        self._tasks = tasks
+        self._in_turn = in_turn
+        self._through: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
+
+    def of(self, optimizer: Any, parameters: list[Tensor], pending: Pending | None) -> Target:
+        """What an optimizer is about to move.
+
+        Args:
+            optimizer: which.
+            parameters: all of its own.
+            pending: the gradient it acts on, None where that was handed to it.
+        """
+        moved = self._base_of(parameters)
+        if moved is None or self._trains(optimizer, moved[0], pending):
+            return self._identify(optimizer, parameters, pending)
+        known, places = moved
+        if pending is None or not pending.reached(parameters):
+            self._in_turn.note_outer(optimizer, known)  # (its gradient was handed to it)
+        own = [parameters[index] for index in places]
+        return Target(own, known, list(places.values()), None, outer=True)
+
+    def moved(self, known: KnownModel) -> None:
+        """An outer step moved a base: what begins equal to it from now on is its copy."""
+        self._moved.add(known)
+
+    def is_around(self, optimizer: Any) -> bool:
+        """Whether an optimizer moves what is around the weights that tasks adapt."""
+        return optimizer in self._through
+
+    def _base_of(self, parameters: list[Tensor]) -> tuple[KnownModel, dict[int, int]] | None:
+        """The base most of ``parameters`` belong to; and of those that do, their places in it."""
+        whole = self._session.models.find_all(parameters)
+        if whole is not None and whole[0] in self._session.bases:
+            return whole[0], dict(enumerate(whole[1]))
+        return base_among(self._session.bases, parameters)
+
+    def _trains(self, optimizer: Any, known: KnownModel, pending: Pending | None) -> bool:
+        """Whether a base is adapted in place (or just trained), though its tasks are copies.
+
+        It is stepped by a gradient of its own weights, as it is in an outer step (DARTS, say). But
+        it was adapted in place before, or steps again and no task began in between.
+        """
+        if pending is None or known in self._session.unrolled:
+            return False
+        if known not in self._tasks.adapted and known not in self._session.just_stepped:
+            return False
+        if self._in_turn.was_outer(optimizer, known):
+            return False
+        return pending.reached(t for r in known.parameters if (t := r()) is not None)
+
+    def _identify(
+        self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
+    ) -> Target:
+        """What parameters are that no base is known to have."""
+        session = self._session
+        if any(map(session.models.begun, parameters)):
+            known, positions = named(session.models, parameters, parameters)
+            return Target(parameters, known, positions, None, outer=True)
+        if self._goes_through_tasks(optimizer, pending):
+            known, positions = named(session.models, parameters, parameters)
+            return Target(parameters, known, positions, None, outer=True)
+        others = self.adapted_by_others(optimizer, parameters)
+        if others is not None and self._in_turn.is_outer(optimizer, others, parameters, pending):
+            return Target(parameters, others.known, others.positions, None, outer=True)
+        task = self._tasks.of.get(optimizer)
+        if task is not None and not task.ended and task.adapts(parameters):
+            # (clones that were named by value have other values by now)
+            return Target(parameters, task.known, task.positions, task.base, outer=False)
+        copied, positions = self._copied_from(parameters, pending)
+        if copied is not None:
+            return Target(parameters, copied, positions, copied, outer=False)
+        equal = self._equal_to_base(parameters)
+        known, positions = equal or named(session.models, parameters, parameters)
+        base = known if equal else None
+        moves_base = known in session.bases and not self._trains(optimizer, known, pending)
+        by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
+        moves_base |= known in session.adapted_by_hand and not by_optimizer
+        return Target(parameters, known, positions, base, outer=base is None and moves_base)
+
+    def _goes_through_tasks(self, optimizer: Any, pending: Pending | None) -> bool:
+        """Whether an optimizer's gradient comes through what tasks made, whatever it moves.
+
+        (Learned rates, a network around the weights that adapt, a learned optimizer.) Its leaves
+        are looked for the first time only: it is an outer optimizer then, for good.
+        """
+        if pending is not None and pending.through_task:
+            pending.through = False  # this is the step it led to
+            self._through.add(optimizer)
+        return optimizer in self._through
+
+    def adapted_by_others(self, optimizer: Any, parameters: list[Tensor]) -> Task | None:
+        """The latest task in which another optimizer adapted these very weights, in this order."""
+        own = self._tasks.of.get(optimizer)
+        for task in reversed(self._tasks.latest):
+            if task.base is None and task is not own and task.adapts(parameters):
+                return task
+        return None
+
+    def _copied_from(
+        self, parameters: list[Tensor], pending: Pending | None
+    ) -> tuple[KnownModel | None, list[int]]:
+        """The model these parameters were deep-copied from, and their positions in it.
+
+        Of several optimizers each has a part of it: the model is what the backward went through.
+        """
+        models = self._session.models
+        origins = [models.origin_of(parameter) for parameter in parameters]
+        present = [origin for origin in origins if origin is not None]
+        if len(present) < len(origins) or not present:
+            return None, []
+        if models.find(present[0]) is None:
+            reached = [t for r in pending.inputs if (t := r()) is not None] if pending else []
+            whole = [origin for t in reached if (origin := models.origin_of(t)) is not None]
+            models.discover([*present, *whole])
+            if models.find(present[0]) is None:
+                models.discover(present)
+        found = [models.find(origin) for origin in present]
+        places = [place for place in found if place is not None]
+        if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
+            return None, []
+        return places[0][0], [place[1] for place in places]
+
+    def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
+        """The base that parameters begin equal to, value by value: then they are its copies.
+
+        Asked only of what an outer step has moved: before one, either may be the other's copy.
+        """
+        matched = self._session.models.match(parameters, self._moved)
+        if matched is None:
+            return None
+        known, positions = matched
+        origins = [known.parameters[position]() for position in positions]
+        pairs = list(zip(parameters, origins, strict=True))
+        if any(parameter is origin for parameter, origin in pairs):
+            return None  # the base itself
+        for parameter, origin in pairs:
+            if origin is not None:
+                self._session.models.note_copy(parameter, origin)
+        return matched
