@@ -471,10 +471,7 @@ def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> boo
 
     So Reptile moves it half the way back. Looked at only where that waits for nothing.
     """
-    task = pending.task
-    start: Tensor | None = pending.before[index]
-    if task is not None and task.first is not None and index < len(task.positions):
-        start = task.first.before[task.positions[index]]
+    start = pending.began_at(index)
     return start is not None and any(
         are_plain((other,))
         and other.shape == start.shape

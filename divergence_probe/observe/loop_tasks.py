@@ -167,15 +167,15 @@ class LoopTasks:
             id(t): i for i, r in enumerate(task.inputs) if r is not None and (t := r()) is not None
         }
         inputs = [reference() for reference in pending.inputs]
-        ours = [i for i, tensor in enumerate(inputs) if id(tensor) in fast]
-        if not ours:
+        if not any(id(tensor) in fast for tensor in inputs):
             return False
         if not task.in_place or task.last is None:
             return not restarts.is_overwritten(task)
-        for i, tensor in enumerate(inputs):
-            if tensor is None or i not in ours or i >= len(task.positions):
+        for i, tensor in enumerate(inputs):  # (maybe in another order than the task's own)
+            place = fast.get(id(tensor))
+            if tensor is None or place is None or place >= len(task.positions):
                 continue
-            position = task.positions[i]
+            position = task.positions[place]
             left, version = task.last.after[position], task.versions.get(position)
             if not was_left_alone(pending.before[i], tensor._version, left, version):
                 return False
@@ -306,6 +306,8 @@ class LoopTasks:
     def _used_by(self, task: Task) -> Forwards:
         """Loose forwards that ran with the task's fast weights (or with none that shows)."""
         forwards = self._session.loose.forwards
+        if task.put_back:
+            return Forwards()  # what ran since then ran with other weights
         if not forwards.normalizations:
             return forwards.take()
         fast = identities(task.fast)
@@ -337,12 +339,13 @@ class LoopTasks:
 
         By its gradient, or by a sum that this is a part of: no gradient is recorded.
         """
-        task = pending.task
-        assert task is not None and task.first is not None
+        assert pending.home is not None
+        task, positions = pending.home
+        assert task.first is not None
         self._session.confirm(task)
         self.not_a_step(pending)
-        pending.named = task.known, task.positions
-        pending.before = gathered(task.first.before, task.positions)  # type: ignore[assignment]
+        pending.named = task.known, positions
+        pending.before = gathered(task.first.before, positions)  # type: ignore[assignment]
         pending.gradients = [None] * len(pending.inputs)
         self._outer(pending, update)
 

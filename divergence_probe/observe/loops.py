@@ -252,6 +252,7 @@ class Loops:
         elif task is not None:
             task.looked_at = True
         if pending.task is None and inputs:
+            pending.adapting = self._adapting(inputs)
             models = self._session.models
             before = restarts.restarted(task, inputs)
             pending.restarts = before is not None
@@ -274,6 +275,15 @@ class Loops:
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
             self._session.name_forwards(pending.forwards, known, pending.task)
+
+    def _adapting(self, inputs: Sequence[Tensor]) -> Task | None:
+        """The open task in which an optimizer adapts all of ``inputs`` in place."""
+        for task in reversed(self._session.open):
+            if task.in_place and task.steps and task is not self._thread.task:
+                places = task.places()
+                if all(id(tensor) in places for tensor in inputs):
+                    return task
+        return None
 
     def _extends(
         self,
@@ -390,6 +400,9 @@ class Loops:
         pending = self._thread.pending
         if pending is not None and pending.task is task and pending.stands:
             return  # what was loaded is the update: that is how this loop takes its step
+        if pending is not None and pending.task is task and pending.is_put_back:
+            task.put_back = True  # an outer step by hand may follow, with this gradient
+            return
         if task is self._thread.task:
             self.settle()
             self.tasks.end_task()

@@ -57,14 +57,15 @@ def starts_from_where_it_began(pending: Pending, update: Update) -> bool:
     tells: it is closer to the beginning, and more down the gradient from there. Looked at only
     where that waits for nothing.
     """
-    task = pending.task
-    if not pending.displaced or task is None or task.first is None or task.ended or task.doubtful:
+    home = pending.home
+    if not pending.displaced or home is None or pending.learned.disturbs:
         return False
-    if pending.learned.disturbs:
+    task = home[0]
+    if task.first is None or task.doubtful or (task.ended and task is pending.task):
         return False
     if all(pending.displaced.values()) and not task.anchored:
         return True
-    began = gathered(task.first.before, task.positions)
+    began = gathered(task.first.before, home[1])
     from_start, from_here = _Way(), _Way()
     for start, before, after, gradient in zip(
         began, pending.before, update.values, pending.gradients, strict=False

@@ -128,6 +128,7 @@ class Pending:
         width: tasks batched by vmap.
         carried: leaves with the ``.grad`` that was there before a backward.
         task: the task it goes on with, where it was taken of that task's fast weights.
+        adapting: otherwise, the task in which an optimizer adapts all it was taken of.
         named: otherwise, the model its inputs belong to and their positions in it.
         by_identity: whether its inputs are that model's own parameters.
         of_base: whether its inputs are the base of earlier tasks.
@@ -170,6 +171,7 @@ class Pending:
     width: int = 1
     carried: list[tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=list)
     task: Task | None = None
+    adapting: Task | None = None
     named: tuple[KnownModel, list[int]] | None = None
     by_identity: bool = False
     of_base: bool = False
@@ -250,6 +252,31 @@ class Pending:
     def updated(self) -> bool:
         """Whether anything looks like an update so far."""
         return any(self.writes) or any(self.candidates)
+
+    @property
+    def home(self) -> tuple[Task, list[int]] | None:
+        """The task whose adapted weights it was taken of, and their positions in the model."""
+        if self.task is not None:
+            return self.task, self.task.positions
+        if self.adapting is None:
+            return None
+        places = self.adapting.places()
+        found = [places.get(id(reference())) for reference in self.inputs]
+        known = [place for place in found if place is not None]
+        return (self.adapting, known) if len(known) == len(found) else None
+
+    def began_at(self, index: int) -> Tensor | None:
+        """What an input was when the task began whose weights it is of; its own value elsewhere."""
+        home = self.home
+        if home is None or home[0].first is None or index >= len(home[1]):
+            return self.before[index]
+        return home[0].first.before[home[1][index]]
+
+    @property
+    def is_put_back(self) -> bool:
+        """Whether all it was taken of was put back to where its task began, and not moved since."""
+        back = self.displaced
+        return len(back) == len(self.inputs) and all(back.values()) and not any(self.writes)
 
     @property
     def stands(self) -> bool:

@@ -46,6 +46,7 @@ class Task:
         provisional: whether it may still turn out to be ordinary training; then rows are held.
         held: rows of a provisional task.
         doubtful: whether its only step may be undone before the real one is taken.
+        put_back: whether its weights were put back after its query, though it is not over yet.
         anchored: whether a step of it was written with a value that was made without the parameter
             itself: so may later ones be.
         first: the row of its first step.
@@ -78,6 +79,7 @@ class Task:
     provisional: bool = False
     held: list[Row] = field(default_factory=list)
     doubtful: bool = False
+    put_back: bool = False
     anchored: bool = False
     first: Row | None = None
     came_to: Values | None = None

@@ -5,6 +5,7 @@ The gradient is that of the adapted weights. Sharpness-aware steps and dual aver
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -40,6 +41,12 @@ class Net:
         for _ in range(STEPS):
             for parameter, gradient in zip(self.parameters, self.gradients(), strict=True):
                 parameter.data = parameter.data - RATE * gradient
+
+    def adapt_with(self, make: type[torch.optim.Optimizer]) -> None:
+        optimizer = make(self.parameters, lr=0.05)  # type: ignore[call-arg]
+        for _ in range(STEPS):
+            self.gradients()
+            optimizer.step()
 
     def values(self) -> list[Tensor]:
         return [parameter.data.clone() for parameter in self.parameters]
@@ -86,6 +93,45 @@ def test_put_back_and_then_moved(move: Callable[[Tensor, Tensor], None], tasks: 
                 move(parameter, META_RATE * summed)
 
     assert counted(loop) == (ITERATIONS * tasks, ITERATIONS * tasks * STEPS, ITERATIONS)
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True])
+@pytest.mark.parametrize("function", ["grad", "backward"])
+@pytest.mark.parametrize("tasks", [1, TASKS])
+def test_put_back_by_load_state_dict(tasks: int, function: str, by_optimizer: bool) -> None:
+    def loop(net: Net) -> None:
+        for _ in range(ITERATIONS):
+            state = copy.deepcopy(net.model.state_dict())
+            total = [torch.zeros_like(parameter) for parameter in net.parameters]
+            for _ in range(tasks):
+                net.model.load_state_dict(state)
+                net.adapt_with(torch.optim.SGD) if by_optimizer else net.adapt()
+                # (At a line where an optimizer is known to step, nothing else is looked for.)
+                if function == "grad":
+                    found = torch.autograd.grad(net.loss(), net.parameters)
+                else:
+                    net.model.zero_grad()
+                    net.loss().backward()
+                    found = [parameter.grad for parameter in net.parameters]
+                total = [a + g for a, g in zip(total, found, strict=True)]
+            net.model.load_state_dict(state)
+            for parameter, summed in zip(net.parameters, total, strict=True):
+                in_place(parameter, META_RATE * summed)
+
+    assert counted(loop) == (ITERATIONS * tasks, ITERATIONS * tasks * STEPS, ITERATIONS)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_moved_by_one_write_after_an_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
+    def loop(net: Net) -> None:
+        for _ in range(ITERATIONS):
+            began = net.values()
+            net.adapt_with(optimizer)
+            gradients = torch.autograd.grad(net.loss(), net.parameters)
+            for parameter, value, gradient in zip(net.parameters, began, gradients, strict=True):
+                parameter.data = value - META_RATE * gradient
+
+    assert counted(loop) == (ITERATIONS, ITERATIONS * STEPS, ITERATIONS)
 
 
 @pytest.mark.parametrize("seed", range(4))
