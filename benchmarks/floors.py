@@ -14,6 +14,7 @@ from typing import Any
 import higher
 import torch
 from torch import Tensor, nn
+from torch._functorch import eager_transforms
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -260,26 +261,19 @@ def tailored_to_higher(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tailored_to_torch_func(net: nn.Module) -> Iterator[None]:
-    """A recorder written for the loop with torch.func: :class:`_Recorder`.
+    """A recorder written for the loop with torch.func: :class:`_Recorder`."""
+    recorder, original = _Recorder(net), eager_transforms.grad_and_value_impl
 
-    It takes no losses of inner steps: they are values inside a transform, which cost more to get.
-    """
-    recorder, original = _Recorder(net), torch.func.grad
+    def grad_and_value_impl(func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
+        result = original(func, argnums, has_aux, args, kwargs)
+        gradients, value = result
+        recorder.step(list(args[0].values()), list(gradients.values()), value.item())
+        recorder.hear_last()
+        return result
 
-    def grad(function: Callable[..., Tensor]) -> Callable[..., Any]:
-        transformed = original(function)
-
-        def gradient(weights: dict[str, Tensor]) -> Any:
-            gradients = transformed(weights)
-            recorder.step(list(weights.values()), list(gradients.values()), 0.0)
-            recorder.hear_last()
-            return gradients
-
-        return gradient
-
-    torch.func.grad = grad
+    eager_transforms.grad_and_value_impl = grad_and_value_impl
     try:
         with recorder.watching():
             yield
     finally:
-        torch.func.grad = original
+        eager_transforms.grad_and_value_impl = original
