@@ -47,8 +47,8 @@ class Follower(TorchFunctionMode):
         self._cut: set[int] = set()
         # what is a candidate in another shape, and which one
         self._reshaped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        # what is made of a gradient and of where its parameter's task began
-        self._stepped_from_start: dict[int, weakref.ref[Tensor]] = {}
+        # what is made of gradients and not of their parameters, and what else it is made of
+        self._steps: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]]]] = {}
         self._storages: dict[int, list[int]] = {}
         self._pushed = self._paused = False
         self._handling = 0
@@ -135,7 +135,7 @@ class Follower(TorchFunctionMode):
         self._gradients = []
         if self._tags:
             self._tags, self._storages, self._cut, self._reshaped = {}, {}, set(), {}
-            self._stepped_from_start = {}
+            self._steps = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
@@ -225,7 +225,7 @@ class Follower(TorchFunctionMode):
         both = parameters & gradients
         note_standstill(pending, both, result, operation, steps, _rates(args, kwargs))
         if gradients and not parameters:
-            self._step_from_start(pending, gradients, args, kwargs, result)
+            self._note_step(args, kwargs, result)
         for tensor in _results(result):
             if cut and gradients:
                 self._cut.add(id(tensor))
@@ -233,14 +233,11 @@ class Follower(TorchFunctionMode):
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
 
-    def _step_from_start(
-        self, pending: Pending, gradients: frozenset[int], args: Any, kwargs: Any, result: Any
-    ) -> None:
-        """Note a result of gradients and of what their parameters were when their task began."""
-        others = [tensor for tensor in _tensors(args, kwargs) if id(tensor) not in self._tags]
+    def _note_step(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Note what a result is made of besides gradients: it may be a whole step from there."""
+        others = [weakref.ref(t) for t in _tensors(args, kwargs) if id(t) not in self._tags]
         for tensor in _results(result) if others else ():
-            if any(_moves_back(pending, index, others) for index in gradients):
-                self._stepped_from_start[id(tensor)] = weakref.ref(tensor)
+            self._steps[id(tensor)] = weakref.ref(tensor), others
 
     def _taken(
         self, pending: Pending, operation: Operation, args: Any, kwargs: Any
@@ -369,8 +366,12 @@ class Follower(TorchFunctionMode):
         """Whether what is written is where a parameter's task began, or a step from there."""
         if not gradients:
             return _moves_back(pending, index, values)
-        known = (self._stepped_from_start.get(id(value)) for value in values)
-        return any(entry is not None and entry() is not None for entry in known)
+        for value in values:
+            step = self._steps.get(id(value))
+            if step is not None and step[0]() is value:
+                others = [tensor for reference in step[1] if (tensor := reference()) is not None]
+                return _moves_back(pending, index, others)
+        return False
 
     def _parameter_at(self, pending: Pending, target: Tensor) -> int | None:
         """Whose memory ``target`` is; several parameters may be views of one vector.

@@ -1,8 +1,9 @@
-"""Values of a set of tensors, kept for later: small ones copied together, large ones by reference.
+"""Values of a set of tensors, kept for later: copied together, very large ones by reference.
 
 A reference keeps the user's memory from being used again, and what would have been written where
 the caches are warm goes to cold memory instead: in a net of a few thousand weights that costs more
-than a copy. One vector for the whole set is one operation to make, and later one to measure.
+than a copy, and in a larger one it scatters the user's heap (see :mod:`.arena`). One vector for the
+whole set is one operation to make, and, where it is small, later one to measure.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import TypeGuard, overload
 import torch
 from torch import Tensor
 
-#: A set of more elements is kept by reference, and measured parameter by parameter.
+from divergence_probe.observe.arena import empty
+
+#: A set of more elements is measured parameter by parameter.
 MOST_TOGETHER = 2**13
+# One of more is kept by reference: to copy it takes longer than what that saves.
+_MOST_COPIED = 2**20
 _flatten = torch._C._nn.flatten_dense_tensors
 # Copying a dozen small tensors is mostly dispatch, and a quarter of that is autograd's, which has
 # nothing to note of copies nobody differentiates.
@@ -79,6 +84,8 @@ def snapshot(tensors: Values, copy: bool) -> Values:
         copy: whether their memory may be written to before the values are used.
     """
     shapes = _small(tensors)
+    if shapes is None and (large := _to_arena(tensors)) is not None:
+        return Snapshot(large, tuple([tensor.shape for tensor in tensors]))  # type: ignore[union-attr]
     if shapes is not None:
         try:
             with _BelowAutograd():
@@ -116,6 +123,26 @@ def pair(
             if store.numel() == 2 * elements and alike:
                 return Snapshot(store, shapes), Snapshot(store, shapes, elements)
     return snapshot(tensors, copy[0]), snapshot(others, copy[1])
+
+
+def _to_arena(tensors: Values) -> Tensor | None:
+    """A copy ``[N]`` of a set that is too large for that to be small, in memory of our own.
+
+    None where they are not all there, dense numbers of one kind on the CPU, and few enough.
+    """
+    try:
+        if {(t.dtype, t.device.type, t.layout) for t in tensors} != {  # type: ignore[union-attr]
+            (tensors[0].dtype, "cpu", torch.strided)  # type: ignore[union-attr]
+        }:
+            return None
+        elements = elements_in(tuple([tensor.shape for tensor in tensors]))  # type: ignore[union-attr]
+        if not MOST_TOGETHER < elements <= _MOST_COPIED:
+            return None
+        with _BelowAutograd():
+            flat = [tensor.reshape(-1) for tensor in tensors]  # type: ignore[union-attr]
+            return torch.cat(flat, out=empty(elements, flat[0].dtype))
+    except (AttributeError, IndexError, RuntimeError):  # None among them, none at all, a subclass
+        return None
 
 
 def _small(tensors: Values) -> tuple[torch.Size, ...] | None:
