@@ -236,10 +236,11 @@ for the rest. That is about a thousand calls of Python functions a task, and the
 they run in between torch's, with cold caches, several times slower than in a tight loop. Calls that
 only pass through what is patched, with the probe switched off, cost 1.00 to 1.02.
 
-With `higher` and by hand the aims are what a recorder written for the loop costs by itself, or
-less; with torch.func they leave a tenth of a millisecond a task for all that finds out about the
-loop, names, writes and judges. Their share also depends on what else the machine does: the same
-code gave 1.42 to 1.59 by hand, 1.27 to 1.36 with `higher` and 1.33 to 1.46 with torch.func.
+With `higher` and by hand the aims are about what a recorder written for the loop costs by itself
+(1.11 to 1.14, and 1.17 to 1.25, in several series); with torch.func (1.11 to 1.17) they leave 0.1
+to 0.3 milliseconds a task for all that finds out about the loop, names, writes and judges. Their
+share also depends on what else the machine does: the same code gave 1.42 to 1.59 by hand, 1.27 to
+1.36 with `higher` and 1.33 to 1.46 with torch.func.
 
 With 64 filters the probe's own work is 12 milliseconds of 640 a task (2 %: numbers of 112,000
 weights, four layers' statistics before and after each call). The rest is not work: how many fresh
