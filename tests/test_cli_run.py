@@ -210,8 +210,9 @@ def test_terminal_shows_progress_and_takes_it_away(tmp_path: Path) -> None:
     write_script(
         tmp_path,
         """
-        import io
+        import io, time
         for number, (task, step) in enumerate(loop(0.01, tasks=60)):
+            if step == 2: time.sleep(0.04)  # a block is closed about once a second
             if step == 2 and task % 30 == 29: print("task", task)
         print(type(sys.stdout) is io.TextIOWrapper, sys.stdout is sys.__stdout__)
         """,
