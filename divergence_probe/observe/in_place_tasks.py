@@ -21,7 +21,7 @@ from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import are_equal, gathered, is_empty, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import was_left_alone
+from divergence_probe.observe.tensors import identities, was_left_alone
 
 Columns = Sequence[Sequence[Tensor | None]]
 
@@ -216,7 +216,7 @@ class InPlaceTasks:
             self._finish(task)
 
     def _finish(self, task: Task) -> None:
-        fast = {id(t) for r in task.fast if r is not None and (t := r()) is not None}
+        fast = identities(task.fast)
         taken = self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
         task.forwards.extend(taken)
         self._session.finish_task(task)

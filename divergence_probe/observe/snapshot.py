@@ -83,18 +83,10 @@ def snapshot(tensors: Values, copy: bool) -> Values:
         tensors: any shapes, dtypes and devices.
         copy: whether their memory may be written to before the values are used.
     """
-    shapes = _small(tensors)
-    if shapes is None and (large := _to_arena(tensors)) is not None:
-        return Snapshot(large, tuple([tensor.shape for tensor in tensors]))  # type: ignore[union-attr]
-    if shapes is not None:
-        try:
-            with _BelowAutograd():
-                vector = _flatten(tensors)  # type: ignore[arg-type]
-            if len(shapes) == 1:
-                vector = vector.clone()  # a single one is not copied
-            return Snapshot(vector, shapes)
-        except (RuntimeError, TypeError):
-            pass  # sparse, or not a tuple or list
+    shapes = _shapes(tensors)
+    vector = _together(tensors, shapes) if shapes is not None else None
+    if shapes is not None and vector is not None:
+        return Snapshot(vector, shapes)
     return [kept(tensor, copy) if tensor is not None else None for tensor in tensors]
 
 
@@ -109,49 +101,48 @@ def pair(
         copy: whether the memory of either may be written to before the values are used.
         like: an earlier snapshot of the same shapes, where there is one: they are not asked for.
     """
-    shapes = like.shapes if isinstance(like, Snapshot) else None if like else _small(tensors)
-    if shapes is not None:
-        try:
-            with _BelowAutograd():
-                store = _flatten([*tensors, *others])  # type: ignore[list-item]
-        except (RuntimeError, TypeError):
-            pass  # sparse, or not all there
-        else:
-            elements = elements_in(shapes)
-            # Both of one kind, or the copy would be of another than theirs.
-            alike = store.dtype is tensors[0].dtype is others[0].dtype  # type: ignore[union-attr]
-            if store.numel() == 2 * elements and alike:
-                return Snapshot(store, shapes), Snapshot(store, shapes, elements)
+    shapes = like.shapes if isinstance(like, Snapshot) else None if like else _shapes(tensors)
+    store = _together([*tensors, *others], shapes) if shapes is not None else None
+    if shapes is not None and store is not None:
+        elements = elements_in(shapes)
+        # Both of one kind, or the copy would be of another than theirs.
+        alike = store.dtype is tensors[0].dtype is others[0].dtype  # type: ignore[union-attr]
+        if store.numel() == 2 * elements and alike:
+            return Snapshot(store, shapes), Snapshot(store, shapes, elements)
     return snapshot(tensors, copy[0]), snapshot(others, copy[1])
 
 
-def _to_arena(tensors: Values) -> Tensor | None:
-    """A copy ``[N]`` of a set that is too large for that to be small, in memory of our own.
-
-    None where they are not all there, dense numbers of one kind on the CPU, and few enough.
-    """
-    try:
-        if {(t.dtype, t.device.type, t.layout) for t in tensors} != {  # type: ignore[union-attr]
-            (tensors[0].dtype, "cpu", torch.strided)  # type: ignore[union-attr]
-        }:
-            return None
-        elements = elements_in(tuple([tensor.shape for tensor in tensors]))  # type: ignore[union-attr]
-        if not MOST_TOGETHER < elements <= _MOST_COPIED:
-            return None
-        with _BelowAutograd():
-            flat = [tensor.reshape(-1) for tensor in tensors]  # type: ignore[union-attr]
-            return torch.cat(flat, out=empty(elements, flat[0].dtype))
-    except (AttributeError, IndexError, RuntimeError):  # None among them, none at all, a subclass
-        return None
-
-
-def _small(tensors: Values) -> tuple[torch.Size, ...] | None:
+def _shapes(tensors: Values) -> tuple[torch.Size, ...] | None:
     """The shapes of ``tensors`` where all are there and few enough to be copied together."""
     try:
         shapes = tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
     except AttributeError:  # None
         return None
-    return shapes if 0 < elements_in(shapes) <= MOST_TOGETHER else None
+    return shapes if 0 < elements_in(shapes) <= _MOST_COPIED else None
+
+
+def _together(tensors: Values, shapes: tuple[torch.Size, ...]) -> Tensor | None:
+    """A copy of one set of ``shapes``, or of several, in one vector.
+
+    None where there is none: sparse, not all there, or (larger ones) not alike and on the CPU.
+    """
+    try:
+        with _BelowAutograd():
+            if elements_in(shapes) > MOST_TOGETHER:
+                return _in_arena(tensors)
+            vector: Tensor = _flatten(tensors)  # type: ignore[arg-type]
+            return vector.clone() if len(tensors) == 1 else vector  # a single one is not copied
+    except (AttributeError, RuntimeError, TypeError):  # (no tuple or list, either)
+        return None
+
+
+def _in_arena(tensors: Values) -> Tensor | None:
+    """A copy ``[N]`` in memory of our own; None where they are not alike, or not on the CPU."""
+    kinds = {(t.dtype, t.device.type, t.layout) for t in tensors}  # type: ignore[union-attr]
+    flat = [tensor.reshape(-1) for tensor in tensors]  # type: ignore[union-attr]
+    if kinds != {(flat[0].dtype, "cpu", torch.strided)}:
+        return None
+    return torch.cat(flat, out=empty(sum(map(Tensor.numel, flat)), flat[0].dtype))
 
 
 def elements_in(shapes: tuple[torch.Size, ...]) -> int:

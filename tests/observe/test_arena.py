@@ -83,6 +83,19 @@ def test_large_sets_are_copied_together(dtype):
         assert not any(part.requires_grad for part in found)
 
 
+def test_the_next_steps_of_a_large_set_are_copied_there_too():
+    def pieces():
+        return sum(len(chunk.pieces) for chunk in _ARENA._chunks)
+
+    tensors = [torch.randn(LARGE), torch.randn(3)]
+    before = snapshot(tensors, copy=False)
+    count = pieces()
+    values, others = pair(tensors, tensors, (False, False), like=before)
+
+    assert pieces() > count
+    assert isinstance(values, Snapshot) and isinstance(others, Snapshot)
+
+
 def test_sets_that_cannot_be_copied_together():
     large = torch.randn(LARGE)
     for tensors in (
