@@ -23,9 +23,9 @@ class NormalizationCall:
         name: dotted name of the module where it is known already.
         training: whether batch statistics were used.
         momentum: weight of the batch's statistics in the running ones, 0 to 1.
-        before: running mean and variance before the call ``[2, C]``, or None.
+        before: running mean and variance before the call, one after the other ``[2C]``, or None.
         after: the same after the call; None where they cannot have moved.
-        batch: the batch's own mean and variance ``[2, C]`` where they were measured, or None.
+        batch: the batch's own mean and variance ``[2C]`` where they were measured, or None.
         values: values per channel.
         batches: ``num_batches_tracked`` when the call ended; None where there is no counter.
         shared: whether the buffers are the base model's own.

@@ -98,6 +98,7 @@ class Models:
         self._by_model: weakref.WeakKeyDictionary[nn.Module, KnownModel] = (
             weakref.WeakKeyDictionary()
         )
+        self._at_hand: list[KnownModel] = []  # the same, for what every normalisation asks
         self._by_parameter: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._searched: set[int] = set()
@@ -123,6 +124,7 @@ class Models:
         layout = self._layout(type(model).__name__, _infos(model, list(parameters.values())))
         known = KnownModel(model, layout, list(parameters.values()))
         self._by_model[model] = known
+        self._at_hand = list(self._by_model.values())
         for index, parameter in enumerate(parameters.values()):
             self._by_parameter[id(parameter)] = (weakref.ref(parameter), known, index)
         return known
@@ -330,7 +332,11 @@ class Models:
 
     def is_base_buffer(self, buffer: Tensor) -> bool:
         """Whether ``buffer`` is a known model's own."""
-        return any(id(buffer) in known.buffer_ids for known in list(self._by_model.values()))
+        key = id(buffer)
+        for known in self._at_hand:
+            if key in known.buffer_ids and known.model is not None and known.model() is not None:
+                return True
+        return False
 
     def discover(self, tensors: Iterable[Tensor]) -> KnownModel | None:
         """Search the interpreter for the smallest module that owns all of ``tensors``.

@@ -47,7 +47,7 @@ def install(patches: Patches, session: Session) -> None:
 
 def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     guard, inside, is_compiling = session.guard, session.guard.inside(), torch.compiler.is_compiling
-    threads = guard.threads
+    threads, is_grad_enabled = guard.threads, torch.is_grad_enabled
 
     def batch_norm(
         input: Tensor,  # noqa: A002 - the name is torch's
@@ -66,38 +66,48 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
             with state:  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)
-        before = None
-        if in_plain_torch() and are_plain(
-            (input, weight, running_mean)
-        ):  # there is nothing to put aside: a step calls this once a layer
+        if in_plain_torch() and are_plain((input, weight, running_mean)):
+            # There is nothing to put aside: a step calls this once a layer.
             started = clock()
+            before, moves = None, training and running_mean is not None
             try:
                 before = _statistics(running_mean, running_var)
             except Exception as error:
                 guard.fail(error)
             guard.spent += clock() - started
             result = original(*call)
-        else:
-            with state:
-                before = _statistics(running_mean, running_var)
-            with inside:
-                result = original(*call)
+            started = clock()
+            try:
+                after = _statistics(running_mean, running_var) if moves else None
+                _note(session, _calling_module(), call, before, after, is_grad_enabled())
+            except Exception as error:
+                guard.fail(error)
+            guard.spent += clock() - started
+            return result
         with state:
-            _note(session, _calling_module(), call, before)
+            before = _statistics(running_mean, running_var)
+        with inside:
+            result = original(*call)
+        with state:
+            after = _statistics(running_mean, running_var) if training else None
+            _note(session, _calling_module(), call, before, after, guard.differentiable)
         return result
 
     return batch_norm
 
 
 def _note(
-    session: Session, module: nn.Module | None, call: tuple[Any, ...], before: Tensor | None
+    session: Session,
+    module: nn.Module | None,
+    call: tuple[Any, ...],
+    before: Tensor | None,
+    after: Tensor | None,
+    differentiable: bool,
 ) -> None:
     """Write down one finished ``F.batch_norm`` call."""
-    data, running_mean, running_var, weight, _, training, momentum, _ = call
+    data, running_mean, _, weight, _, training, momentum, _ = call
     data = plain(data)
-    after = batch = None
-    if before is not None and training:
-        after = _statistics(running_mean, running_var)
+    batch = None
     channels = data.shape[1] if data.dim() > 1 else 1
     owner = _owner(session, module)
     forwards = _forwards(session, owner)
@@ -122,18 +132,18 @@ def _note(
             known_as=session.layer_names.of_statistics(running_mean),
             name=name,
             order=next_order(),
-            differentiable=session.guard.differentiable,
+            differentiable=differentiable,
         )
     )
 
 
 def _statistics(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
-    """A copy of running statistics ``[2, C]``; None where there are none."""
+    """A copy of running statistics, one after the other ``[2C]``; None where there are none."""
     if mean is None or variance is None:
         return None
     if mean.requires_grad or variance.requires_grad:
         mean, variance = mean.detach(), variance.detach()
-    return torch.stack((plain(mean), plain(variance)))
+    return torch.cat((plain(mean), plain(variance)))
 
 
 def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:
@@ -150,12 +160,12 @@ def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bo
 
 
 def _batch_statistics(data: Tensor) -> Tensor | None:
-    """The batch's mean and variance per channel ``[2, C]``; None for a single value a channel."""
+    """The batch's mean and variance per channel ``[2C]``; None for a single value a channel."""
     axes = [axis for axis in range(data.dim()) if axis != 1]
     if not axes or data.numel() <= data.shape[1]:
         return None
     variance, mean = torch.var_mean(data.detach().float(), dim=axes)
-    return torch.stack((mean, variance))
+    return torch.cat((mean, variance))
 
 
 def _first_of_phase(forwards: Forwards, module: nn.Module | None, weight: Tensor | None) -> bool:

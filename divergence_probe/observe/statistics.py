@@ -25,6 +25,9 @@ from divergence_probe.record.schema import (
     Layout,
 )
 
+#: A normalisation call: of which row, in which column, and the call.
+_Met = tuple[int, int, NormalizationCall]
+
 
 def build_block(
     rows: Sequence[Row],
@@ -146,54 +149,59 @@ def _dropout_column(rows: Sequence[Row], layout: Layout) -> Array:
 
 def _batch_norm_columns(rows: Sequence[Row], layout: Layout) -> dict[str, Array]:
     """``[S, B]`` for every normalisation column; layers not called stay at their 'unknown'."""
-    calls: dict[int, list[tuple[int, NormalizationCall]]] = {}
-    for position, row in enumerate(rows):
-        for call in row.forwards.normalizations:
-            layer = _column(layout.batch_norms, call.name or "batch_norm")
-            calls.setdefault(layer, []).append((position, call))
+    met = [
+        (position, _column(layout.batch_norms, call.name or "batch_norm"), call)
+        for position, row in enumerate(rows)
+        for call in row.forwards.normalizations
+    ]
     shape = (len(rows), len(layout.batch_norms))
     columns = {
         name: np.full(shape, np.nan if name in BATCH_NORM_DISTANCES else MISSING)
         for name in BATCH_NORM_COLUMNS
     }
-    for layer, members in calls.items():
-        _fill_layer(columns, layer, members)
+    if met:
+        _fill_facts(columns, met)
+    alike: dict[object, list[_Met]] = {}
+    for entry in met:
+        before = entry[2].before
+        if before is not None:
+            alike.setdefault((before.shape, before.device), []).append(entry)
+    for same in alike.values():
+        _fill_statistics(columns, same)
     return columns
 
 
-def _fill_layer(
-    columns: dict[str, Array], layer: int, members: list[tuple[int, NormalizationCall]]
-) -> None:
-    """One layer's column, from its calls and the rows they ran for; of several the last counts."""
-    calls = [call for _, call in members]
-    rows = np.array([row for row, _ in members])
+def _fill_facts(columns: dict[str, Array], met: Sequence[_Met]) -> None:
+    """How layers were called; of several calls of one for a row, the last counts for its state."""
+    calls = [call for *_, call in met]
+    places = np.array([row for row, *_ in met]), np.array([layer for _, layer, _ in met])
+    shape = columns["bn_calls"].shape
     training = np.array([float(call.training) for call in calls])
-    size = len(columns["bn_calls"])
-    least, most, fewest = np.full(size, np.inf), np.full(size, -np.inf), np.full(size, np.inf)
-    np.minimum.at(least, rows, training)
-    np.maximum.at(most, rows, training)
-    np.minimum.at(fewest, rows, [call.values for call in calls])
-    met = np.unique(rows)
-    columns["bn_training"][met, layer] = np.where(least == most, least, 2.0)[met]
-    columns["bn_calls"][met, layer] = np.bincount(rows, minlength=size)[met]
-    columns["bn_values"][met, layer] = fewest[met]
+    least, most, fewest = np.full(shape, np.inf), np.full(shape, -np.inf), np.full(shape, np.inf)
+    np.minimum.at(least, places, training)
+    np.maximum.at(most, places, training)
+    np.minimum.at(fewest, places, [call.values for call in calls])
+    times = np.zeros(shape)
+    np.add.at(times, places, 1)
+    called = times > 0
+    columns["bn_training"][called] = np.where(least == most, least, 2.0)[called]
+    columns["bn_calls"][called] = times[called]
+    columns["bn_values"][called] = fewest[called]
     batches = np.array(scalars([call.batches for call in calls]))
-    counted = ~np.isnan(batches)
-    columns["bn_batches"][rows[counted], layer] = batches[counted]
-    buffered = np.array([bool(call.buffers) for call in calls])
+    _put(columns["bn_batches"], places, ~np.isnan(batches), batches)
     shared = np.array([float(call.shared) for call in calls])
-    columns["bn_shared"][rows[buffered], layer] = shared[buffered]
-    measured = [(row, call) for row, call in members if call.before is not None]
-    for width in {call.before.shape for _, call in measured if call.before is not None}:
-        same = [(r, c) for r, c in measured if c.before is not None and c.before.shape == width]
-        _fill_statistics(columns, layer, same)
+    _put(columns["bn_shared"], places, np.array([bool(call.buffers) for call in calls]), shared)
 
 
-def _fill_statistics(
-    columns: dict[str, Array], layer: int, members: list[tuple[int, NormalizationCall]]
-) -> None:
-    """Running against batch statistics, all calls of one layer at once: ``[N, 2, C]``."""
-    calls = [call for _, call in members]
+def _put(column: Array, places: tuple[Array, Array], where: Array, values: Array) -> None:
+    """Write those values that are known."""
+    rows, layers = places
+    column[rows[where], layers[where]] = values[where]
+
+
+def _fill_statistics(columns: dict[str, Array], met: Sequence[_Met]) -> None:
+    """Running against batch statistics, of all calls of layers alike at once: ``[N, 2, C]``."""
+    calls = [call for *_, call in met]
     before = _stacked([call.before for call in calls])
     after = _stacked([call.after if call.after is not None else call.before for call in calls])
     batch = _batch_statistics(calls, before, after)
@@ -216,9 +224,9 @@ def _fill_statistics(
         "bn_input_finite": torch.where(known, finite.double(), -1.0),
         "bn_untrained": untrained.double(),
     }
-    rows = [row for row, _ in members]
+    rows, layers = [row for row, *_ in met], [layer for _, layer, _ in met]
     for name, values in table.items():
-        columns[name][rows, layer] = to_numpy(values)
+        columns[name][rows, layers] = to_numpy(values)
 
 
 def _moved(call: NormalizationCall) -> bool:
@@ -240,5 +248,6 @@ def _batch_statistics(calls: Sequence[NormalizationCall], before: Tensor, after:
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    """``[N, ...]`` in double precision on the CPU, by one transfer."""
-    return torch.stack([t for t in tensors if t is not None]).cpu().double()
+    """Means and variances ``[N, 2, C]`` in double precision on the CPU, by one transfer."""
+    stacked = torch.stack([t for t in tensors if t is not None]).cpu().double()
+    return stacked.view(len(stacked), 2, -1)
