@@ -13,6 +13,7 @@ from typing import Any
 
 import higher
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import eager_transforms
 from torch.optim.optimizer import (
@@ -87,17 +88,19 @@ def copies_only(net: nn.Module) -> Iterator[None]:
 
 
 class _Numbers:
-    """Takes the numbers of a recording's inner and outer steps, 128 rows at a time."""
+    """Takes the numbers of a recording's inner and outer steps, up to 128 rows at a time."""
 
     def __init__(self, net: nn.Module) -> None:
         self._sizes = [parameter.numel() for parameter in net.parameters()]
+        self._at_once = min(max(2**19 // sum(self._sizes), 6), 128)
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.notes: list[tuple[int, float]] = []
+        self.normalizations: list[tuple[Tensor, Tensor, bool, int]] = []
 
     def row(self, before: Tensor, after: Tensor, gradient: Tensor) -> None:
         """One step, all its parameters in one vector each."""
         self.rows.append((before, after, gradient))
-        if len(self.rows) >= 128:
+        if len(self.rows) >= self._at_once:
             self.take()
 
     def take(self) -> None:
@@ -114,8 +117,24 @@ class _Numbers:
         )
         torch.stack([torch.linalg.vecdot(g, u) for g, u in pairs]).numpy()
         torch.linalg.vecdot(gradient[1:], update[:-1]).numpy()
+        if self.normalizations:
+            self._take_statistics()
         self.rows.clear()
         self.notes.clear()
+
+    def _take_statistics(self) -> None:
+        """How far running statistics are from their batch's, and how far they moved."""
+        starts, ends, *_ = zip(*self.normalizations, strict=True)
+        before, after = (torch.stack(t).view(len(t), 2, -1).double() for t in (starts, ends))
+        batch = (after - 0.9 * before) / 0.1
+        deviation = batch[:, 1].clamp_min(1e-12).sqrt()
+        distance = ((before[:, 0] - batch[:, 0]) / deviation).square().mean(-1).sqrt()
+        drift = ((after[:, 0] - before[:, 0]) / deviation).square().mean(-1).sqrt()
+        ratio = (before[:, 1] / batch[:, 1]).log().mean(-1)
+        norms = (before[:, 0].norm(dim=-1), after[:, 0].norm(dim=-1))
+        means = (before[:, 1].mean(-1), after[:, 1].mean(-1))
+        torch.stack((distance, drift, ratio, *norms, *means)).numpy()
+        self.normalizations.clear()
 
 
 class _Hearing(TorchFunctionMode):
@@ -160,6 +179,18 @@ class _Recorder:
         with _BelowAutograd():
             self._copied.append(_flatten([*inputs, *gradients]))
         self._numbers.notes.append((sys._getframe(2).f_lineno, loss))
+
+    def batch_norm(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Copies running statistics before and after each call."""
+
+        def batch_norm(data: Tensor, mean: Tensor, variance: Tensor, *args: Any) -> Tensor:
+            before = torch.cat((mean, variance))
+            result = original(data, mean, variance, *args)
+            after = torch.cat((mean, variance))
+            self._numbers.normalizations.append((before, after, bool(args[2]), data.numel()))
+            return result
+
+        return batch_norm
 
     def hear_last(self) -> None:
         """Hear the last update of a task: no later gradient shows what it makes."""
@@ -251,12 +282,13 @@ def tailored_to_higher(net: nn.Module) -> Iterator[None]:
             recorder.ended(list(result))
         return result
 
-    optimizer.step = step
+    optimizer.step, batch_norm = step, F.batch_norm
+    F.batch_norm = recorder.batch_norm(batch_norm)
     try:
         with recorder.watching():
             yield
     finally:
-        optimizer.step = original
+        optimizer.step, F.batch_norm = original, batch_norm
 
 
 @contextmanager

@@ -116,15 +116,17 @@ CASES = (
     ("4-conv/64, higher, second order", with_higher, lambda: convolutional(64), 6, 1.01),
 )
 
-#: name, loop, and the least a watcher could do, on the sinusoid net
-FLOORS: tuple[tuple[str, Loop, Watch], ...] = (
-    ("higher: keep references, norms of 32 steps at once", with_higher, norms_only),
-    ("higher: a recorder written for that loop", with_higher, tailored_to_higher),
-    ("by hand: copies of steps, norms of 32 at once", by_hand, copies_only),
-    ("by hand: an empty function mode", by_hand, lambda net: PassingOn()),
-    ("by hand: a recorder written for that loop", by_hand, tailored_by_hand),
-    ("torch.func: an empty function mode", with_torch_func, lambda net: PassingOn()),
-    ("torch.func: a recorder written for that loop", with_torch_func, tailored_to_torch_func),
+#: the case it is about, what it does, and the least a watcher could do there
+FLOORS: tuple[tuple[str, str, Watch], ...] = (
+    ("2x40 MLP, higher", "keep references, norms of 32 steps at once", norms_only),
+    ("2x40 MLP, higher", "a recorder written for that loop", tailored_to_higher),
+    ("2x40 MLP, by hand", "copies of steps, norms of 32 at once", copies_only),
+    ("2x40 MLP, by hand", "an empty function mode", lambda net: PassingOn()),
+    ("2x40 MLP, by hand", "a recorder written for that loop", tailored_by_hand),
+    ("2x40 MLP, torch.func", "an empty function mode", lambda net: PassingOn()),
+    ("2x40 MLP, torch.func", "a recorder written for that loop", tailored_to_torch_func),
+    ("4-conv/8, higher, second order", "a recorder written for that loop", tailored_to_higher),
+    ("4-conv/64, higher, second order", "a recorder written for that loop", tailored_to_higher),
 )
 
 
@@ -186,14 +188,16 @@ def main() -> None:
         "| loop | watched / bare, median | quartiles | aim |",
         "| --- | ---: | ---: | ---: |",
     ]
-    cases = [(*case, divergence_probe.attach) for case in CASES]
-    floors = [(f"floor, {name}", loop, sinusoid, 60, None, watch) for name, loop, watch in FLOORS]
-    for name, loop, make, tasks, aim, watch in (*cases, *floors):
+    cases = {case[0]: case for case in CASES}
+    rows = [
+        *((case[0], case, f"{case[4]:.2f}", divergence_probe.attach) for case in CASES),
+        *((f"floor, {name}: {what}", cases[name], "", watch) for name, what, watch in FLOORS),
+    ]
+    for name, (_, loop, make, tasks, _), goal, watch in rows:
         if arguments.only not in name:
             continue
         ratios = measure(loop, make, tasks, arguments.pairs, watch)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        goal = f"{aim:.2f}" if aim is not None else ""
         lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {goal} |")
         print(lines[-1], flush=True)
     if arguments.write:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
@@ -175,6 +176,34 @@ class Follower(TorchFunctionMode):
                     pending.learn_script(self._learning, state.differentiable)
                 self._forget()
         return result
+
+    def went_by(self, arguments: Any, result: Any) -> None:
+        """A call that no mode sees the inside of, as of a compiled function, is over.
+
+        What it was given and gave back is known: gradients that went in are in all that came out.
+        A whole update is known by its shapes; of any other one it can only be said that it escaped.
+        """
+        pending = self._pending
+        if pending is None or self._recital is not None:
+            return
+        parameters = gradients = _NOTHING
+        for tensor in filter(_is_tensor, tree_leaves(arguments)):
+            tag = self._tags.get(id(tensor))
+            if tag is not None and tag[0]() is tensor:
+                parameters, gradients = parameters | tag[1], gradients | tag[2]
+        if not gradients:
+            return
+        pending.learned.flags |= FLAGS["transformed"]
+        pending.flags |= pending.learned.flags
+        made = [tensor for tensor in tree_leaves(result) if _is_tensor(tensor)]
+        if not parameters:
+            for tensor in made:
+                self._made(pending, tensor, _NOTHING, gradients)
+        elif [tensor.shape for tensor in made] == list(shapes_of(pending.before)):
+            for index, tensor in enumerate(made):
+                self._made(pending, tensor, frozenset((index,)), frozenset((index,)))
+        else:
+            pending.escaped = True
 
     def _heard(self, pending: Pending, recital: Recital) -> None:
         """An update known by heart was heard to its end, or turned out to be another one."""
@@ -460,6 +489,10 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _stays(mode: TorchFunctionMode) -> bool:

@@ -34,6 +34,9 @@ class OnStack(Protocol):
     def resume(self) -> None:
         """Go back to it, unless what was being followed is over."""
 
+    def went_by(self, arguments: Any, result: Any) -> None:
+        """Take note of a call, made without it, that nothing inside of can be seen."""
+
 
 class ThreadState:
     """One thread's nesting: our own work and a library's step must not be observed as the user's.

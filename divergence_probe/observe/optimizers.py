@@ -6,7 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,18 +36,15 @@ from divergence_probe.observe.tensors import identities, waits_for_nothing
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
     """Watch every ``torch.optim`` step."""
-    watch = _WATCHES[session] = Optimizers(session, loops)
+    watch = session.instruments[Optimizers] = Optimizers(session, loops)
     patches.add_undo(register_optimizer_step_pre_hook(watch.before).remove)
     patches.add_undo(register_optimizer_step_post_hook(watch.after).remove)
     patches.set_attribute(Optimizer, "load_state_dict", watch.load)
 
 
-_WATCHES: weakref.WeakKeyDictionary[Session, Optimizers] = weakref.WeakKeyDictionary()
-
-
 def watching(session: Session) -> Optimizers:
     """What watches optimizers for ``session``, for those that torch's hooks do not reach."""
-    return _WATCHES[session]
+    return cast(Optimizers, session.instruments[Optimizers])
 
 
 class _Arguments(dict[str, Any]):

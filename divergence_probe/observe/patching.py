@@ -14,9 +14,13 @@ PASSED_OVER = "<divergence_probe, passed over by warnings like importlib._bootst
 #: How many frames a handler is away from the line that called the function it stands for.
 FORWARDED = 3
 
+# A function keeps its closure, so what stands in for its code must have the same free variables.
 _FORWARDING = """
-def {name}(*args, **kwargs):
-    return {handler}(*args, **kwargs)
+def enclosing({free}):
+    def {name}(*args, **kwargs):
+        return {handler}(*args, **kwargs)
+        {free}
+    return {name}
 """
 
 
@@ -32,10 +36,12 @@ class Patches:
         """Make ``function`` call a handler, whatever name the user imported it under.
 
         The function object stays the same, so ``from torch.autograd import grad`` is covered as
-        well as ``torch.autograd.grad``. Its signature and documentation stay readable.
+        well as ``torch.autograd.grad``, and so are tables that torch keeps of its own functions
+        (``torch.compile`` does, of all it knows how to trace, from its first use on). Its signature
+        and documentation stay readable.
 
         Args:
-            function: a plain Python function without closure variables.
+            function: a plain Python function.
             make: takes a callable that runs the original code, returns the handler.
         """
         saved = (function.__code__, function.__defaults__, function.__kwdefaults__)
@@ -46,13 +52,14 @@ class Patches:
         original.__module__ = function.__module__
         handler_name = f"_divergence_probe_{function.__name__}_{id(self)}"
         namespace: dict[str, Any] = {}
-        source = _FORWARDING.format(name=function.__name__, handler=handler_name)
+        free = ", ".join(saved[0].co_freevars)
+        source = _FORWARDING.format(name=function.__name__, handler=handler_name, free=free)
         exec(compile(source, PASSED_OVER, "exec"), namespace)  # noqa: S102 - our own template
         handler_globals = function.__globals__
         handler_globals[handler_name] = _passed_over(make(original))
         had_wrapped = "__wrapped__" in function.__dict__
         function.__defaults__ = function.__kwdefaults__ = None
-        function.__code__ = namespace[function.__name__].__code__
+        function.__code__ = namespace["enclosing"](*saved[0].co_freevars).__code__
         if not had_wrapped:
             function.__wrapped__ = original
 

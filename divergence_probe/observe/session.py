@@ -86,6 +86,9 @@ class Session:
         self.label: str | None = None
         self.closing: list[Callable[[], None]] = []
         self.measured: list[Callable[[Block], None]] = []
+        #: Instruments that others ask for, by class. (Kept here and nowhere else: they refer to the
+        #: session, so that in a table of sessions, even a weak one, none would ever be let go.)
+        self.instruments: dict[type, object] = {}
         self.inner: tuple[Any, ...] = ()
         self.adapted_by_hand: set[KnownModel] = set()
         #: Bases whose tasks make new tensors: a gradient may come back to them.

@@ -364,5 +364,7 @@ def _dot(left: Tensor, right: Tensor, width: int) -> Tensor:
         left = left.float()
     if right.dtype is not left.dtype or right.device != left.device:
         right = right.to(left)
+    if width == 1:  # (vecdot multiplies first and sums then)
+        return torch.dot(left.reshape(-1), right.reshape(-1)).unsqueeze(0)
     product: Tensor = torch.linalg.vecdot(left.reshape(width, -1), right.reshape(width, -1))
     return product

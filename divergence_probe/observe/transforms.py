@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.gradients import GradientCalls, first_tensor
 from divergence_probe.observe.loops import Loops
-from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.patching import FORWARDED, Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.tensors import are_transforms_active, plain
 
@@ -21,13 +21,13 @@ from divergence_probe.observe.tensors import are_transforms_active, plain
 def install(patches: Patches, session: Session, loops: Loops) -> None:
     """Watch what every ``torch.func`` gradient goes through."""
     watch = _Transforms(session, loops)
-    patches.set_attribute(eager_transforms, "grad_and_value_impl", watch.func)
-    patches.set_attribute(eager_transforms, "_vjp_with_argnums", watch.vjp)
-    patches.set_attribute(eager_transforms, "_autograd_grad", watch.inner)
+    patches.swap_code(eager_transforms.grad_and_value_impl, watch.func)
+    patches.swap_code(eager_transforms._vjp_with_argnums, watch.vjp)
+    patches.swap_code(eager_transforms._autograd_grad, watch.inner)
 
 
 # How many frames a handler's helper is away from whoever called the handler.
-_BEHIND_HANDLER = 3
+_BEHIND_HANDLER = FORWARDED + 1
 _TENSORS = frozenset((Tensor, nn.Parameter))
 
 

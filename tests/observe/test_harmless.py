@@ -297,6 +297,16 @@ def test_no_graph_is_kept_alive(loop):
     assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_session_is_let_go_with_its_probe(loop):
+    with divergence_probe.attach() as probe:
+        loop(Net())
+    session = weakref.ref(probe.session)
+    del probe
+    gc.collect()
+    assert session() is None
+
+
 def test_repeated_attach_starts_over():
     probe = divergence_probe.attach()
     for _ in range(2):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,6 +238,108 @@ def test_compiled_model_with_an_eager_update() -> None:
         return int(counter.frame_count)
 
     assert graphs(watched=True) == graphs(watched=False)
+
+
+def test_a_compiled_functional_net_with_an_eager_update() -> None:
+    """Our function mode is never traced into it: no graph more, none broken, none twice."""
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+
+    def forward(weights: list[Tensor], x: Tensor) -> Tensor:
+        hidden = F.linear(x, weights[0], weights[1])  # (unflatten is a function in Python)
+        return F.linear(torch.relu(hidden).unflatten(-1, (4, 2)).flatten(-2), *weights[2:])
+
+    def graphs(watched: bool) -> tuple[int, list[float]]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+        compiled = torch.compile(forward, backend=counter)
+        outer, losses = torch.optim.Adam(net.parameters()), []
+
+        def run() -> None:
+            for _ in range(TASKS):
+                fast = list(net.parameters())
+                for _ in range(STEPS):
+                    loss = F.mse_loss(compiled(fast, x), y)
+                    gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                    fast = [w - RATE * g for w, g in zip(fast, gradients, strict=True)]
+                outer.zero_grad()
+                query = F.mse_loss(compiled(fast, x), y)
+                query.backward()
+                outer.step()
+                losses.append(query.item())
+
+        if watched:
+            with divergence_probe.attach(net) as probe:
+                run()
+            summary = probe.diagnosis.summary
+            seen = summary.tasks, summary.inner_steps, summary.outer_steps
+            assert seen == (TASKS, TASKS * STEPS, TASKS)
+        else:
+            run()
+        return int(counter.frame_count), losses
+
+    assert graphs(watched=True) == graphs(watched=False)
+
+
+def damped(gradient: Tensor) -> Tensor:
+    """A gradient of at most 1."""
+    return gradient / (1 + gradient.abs())
+
+
+def stepped(weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """A whole update."""
+    return [w - RATE * g for w, g in zip(weights, gradients, strict=True)]
+
+
+@pytest.mark.parametrize("compiled", ["a part of it", "all of it"])
+def test_an_update_is_followed_through_compiled_parts(compiled: str) -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 1))
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+    part = torch.compile(damped if compiled == "a part of it" else stepped, backend="eager")
+    norms, losses = [], []
+    with divergence_probe.attach(net) as probe:
+        for _ in range(TASKS):
+            fast = list(net.parameters())
+            for _ in range(STEPS):
+                loss = F.mse_loss(F.linear(F.linear(x, *fast[:2]), *fast[2:]), y)
+                gradients = torch.autograd.grad(loss, fast)
+                if compiled == "a part of it":
+                    fast = stepped(fast, [part(gradient) for gradient in gradients])
+                else:
+                    fast = part(fast, list(gradients))
+                norms.append(fast[0].norm().item())
+                losses.append(weakref.ref(loss))
+            F.linear(F.linear(x, *fast[:2]), *fast[2:])  # the query
+    del loss, fast
+    assert [r for r in losses if r() is not None] == []
+    steps = probe.recording.steps()
+    seen = steps[(steps.parameter == "0.weight") & (steps.phase == "support")]
+    assert list(seen.norm_after) == pytest.approx(norms, rel=1e-6)
+    assert probe.diagnosis.verdict == "healthy"
+
+
+_COMPILES = """
+import torch, divergence_probe
+net = torch.nn.Linear(3, 1)
+with divergence_probe.attach(net):  # torch.optim loads torch.compile's tables
+    outer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.randn(2, 3)).sum().backward()
+    outer.step()
+    curvature = torch.func.hessian(lambda w: (w**3).sum())
+    compiled = torch.compile(curvature, fullgraph=True, backend="eager")
+    inside = compiled(torch.ones(2))
+torch._dynamo.reset()
+assert torch.equal(compiled(torch.ones(2)), inside)
+"""
+
+
+def test_transforms_are_compiled_while_watched_and_afterwards(tmp_path: Path) -> None:
+    """In tables of its own functions, by identity, torch must not find ours in their place."""
+    script = tmp_path / "script.py"
+    script.write_text(_COMPILES, encoding="utf-8")
+    subprocess.run([sys.executable, script], check=True, timeout=300)
 
 
 def test_a_fully_compiled_step_is_unobserved() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -42,15 +42,13 @@ if TYPE_CHECKING:
 _MOST_LOOKS = 24
 _HALF = (torch.float16, torch.bfloat16)
 
-_INVESTIGATORS: weakref.WeakKeyDictionary[Session, Investigator] = weakref.WeakKeyDictionary()
-
 
 def investigator_of(session: Session) -> Investigator:
     """The one investigator of a session."""
-    found = _INVESTIGATORS.get(session)
+    found = session.instruments.get(Investigator)
     if found is None:
-        found = _INVESTIGATORS[session] = Investigator(session)
-    return found
+        found = session.instruments[Investigator] = Investigator(session)
+    return cast(Investigator, found)
 
 
 class Investigator:
