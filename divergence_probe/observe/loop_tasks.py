@@ -458,8 +458,8 @@ class LoopTasks:
             return  # (what a transform wrapped for the call is gone, and its point with it)
         if not inputs:
             return  # an optimizer's: its leaves were not looked for, but it does step
-        if pending.escaped:
-            return  # it went where it cannot be followed: who knows what it is used for
+        if pending.escaped or (pending.function == "grad" and not any(pending.candidates)):
+            return  # it may have gone where it cannot be followed: who knows what it is used for
         if not isinstance(loss, float):
             return  # it would be waited for, or is that of several tasks
         # An optimizer that was handed this gradient counts its write, also where nothing moved.

@@ -386,8 +386,8 @@ class Loops:
         elif pending.escaped:
             nothing = [None] * len(pending.inputs)
             self._session.unseen(
-                "An update left torch (.numpy()): the weights after a task's last step were not "
-                "seen. Keep the update in torch operations to see them."
+                "An update left torch (.numpy()) or was compiled: the weights after a task's last "
+                "step were not seen. Keep the update in eager torch operations to see them."
             )
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
         else:

@@ -121,7 +121,8 @@ class Pending:
             that was made without them; whether that is known to be where their task began.
         moved_back: inputs that were, after that, computed with what they began from: no update.
         versions: the parameters' own counts of in-place changes at that time.
-        escaped: whether a gradient left torch (``.numpy()``), where it cannot be followed.
+        escaped: whether a gradient went where it cannot be followed: out of torch (``.numpy()``),
+            or with its parameters into a compiled function.
         followed: whether the function mode was on for it.
         complete: whether it was followed no further than to the update, not to its first use.
         recited: its update, where that was the one known by heart.

@@ -107,6 +107,25 @@ def per_coordinate_rates(
     return [p - rate * g for p, rate, g in zip(fast, rates, gradients, strict=True)]
 
 
+@torch.compile(backend="eager")
+def _damped(gradient: Tensor) -> Tensor:
+    return gradient / (1 + gradient.abs())
+
+
+def compiled_part(loss: Tensor, fast: list[Tensor], state: State, second: bool) -> list[Tensor]:
+    gradients = torch.autograd.grad(loss, fast, create_graph=second)
+    return [p - RATE * _damped(g) for p, g in each(fast, gradients)]
+
+
+@torch.compile(backend="eager")
+def _stepped(fast: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    return [p - RATE * g for p, g in zip(fast, gradients, strict=True)]
+
+
+def compiled_update(loss: Tensor, fast: list[Tensor], state: State, second: bool) -> list[Tensor]:
+    return _stepped(fast, list(torch.autograd.grad(loss, fast, create_graph=second)))
+
+
 def adam(loss: Tensor, fast: list[Tensor], state: State, second: bool) -> list[Tensor]:
     gradients = torch.autograd.grad(loss, fast, create_graph=second)
     count = len(state.setdefault("steps", []))
@@ -178,6 +197,8 @@ FUNCTIONAL = {
     "weight decay": weight_decay,
     "decoupled weight decay": decoupled_decay,
     "per-coordinate rates": per_coordinate_rates,
+    "gradients through a compiled function": compiled_part,
+    "a compiled update": compiled_update,
     "Adam": adam,
     "one `grad()` a parameter": one_call_a_parameter,
     "norms logged with `item()`": logged,

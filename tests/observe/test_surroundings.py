@@ -320,6 +320,19 @@ def test_an_update_is_followed_through_compiled_parts(compiled: str) -> None:
     assert probe.diagnosis.verdict == "healthy"
 
 
+def test_an_update_out_of_sight_is_not_called_none() -> None:
+    """What a vmapped function makes of a gradient cannot be followed: nothing is said of it."""
+    net = nn.Linear(4, 1)
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+    with divergence_probe.attach(net) as probe:
+        for _ in range(2 * TASKS):
+            fast = list(net.parameters())
+            for _ in range(STEPS):
+                gradients = torch.autograd.grad(F.mse_loss(F.linear(x, *fast), y), fast)
+                fast = stepped(fast, [torch.vmap(damped)(g) for g in gradients])
+    assert probe.diagnosis.verdict == "unobserved"
+
+
 _COMPILES = """
 import torch, divergence_probe
 net = torch.nn.Linear(3, 1)
