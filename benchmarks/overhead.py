@@ -224,10 +224,10 @@ that follows operations all the time. The *copies* (with `higher`, references) a
 recorder costs that knows where to look: it keeps each inner step's weights and gradients and takes
 their norms many steps at a time. The *recorder written for that loop* takes what a recording holds:
 weights, gradients, losses and lines of every step, the last update (by a function mode, for no
-later gradient shows it), the query, the outer step, and all their numbers. It is told everything
-else: that there is a loop and which, how its updates are made, where tasks begin and end, what the
-parameters are called. It tells no restart, no other model and no fault from a step, writes nothing
-and judges nothing. See `benchmarks/floors.py`.
+later gradient shows it), running statistics around every BatchNorm call, the query, the outer step,
+and all their numbers. It is told everything else: that there is a loop and which, how its updates
+are made, where tasks begin and end, what the parameters are called. It tells no restart, no other
+model and no fault from a step, writes nothing and judges nothing. See `benchmarks/floors.py`.
 
 ## Where the rest goes
 
@@ -248,10 +248,10 @@ to 0.3 milliseconds a task for all that finds out about the loop, names, writes 
 share also depends on what else the machine does: the same code gave 1.42 to 1.59 by hand, 1.27 to
 1.36 with `higher` and 1.33 to 1.46 with torch.func.
 
-With 8 filters the probe's own work is 4.4 milliseconds of 105 a task: 1.7 for the statistics of four
-layers before and after 24 calls (11 microseconds a copy, which takes 1 in a tight loop), 0.6 for
-copies of weights and gradients, 0.6 for their numbers, 0.6 for the outer step. Runs of a process of
-their own gave 1.032 and 1.039. With 64 filters it is 16 milliseconds of 760: numbers of 112,000
+With 8 filters the probe's own work is 4.4 milliseconds of 105 a task: 1.7 for the statistics of
+four layers before and after 24 calls (11 microseconds a copy, which takes 1 in a tight loop), 0.6
+for copies of weights and gradients, 0.6 for their numbers, 0.6 for the outer step. Runs in a
+process of their own gave 1.032 and 1.039. With 64 filters it is 16 milliseconds of 760: numbers of 112,000
 weights 6, copies of them 3, statistics 2. The rest is not work: how many fresh pages the run takes
 from the system for its activations differs from run to run, bare or watched (17,000 to 50,000 page
 faults a task). What is kept is copied to pages of the probe's own, so as not to add to them.
