@@ -252,9 +252,10 @@ With 8 filters the probe's own work is 4.4 milliseconds of 105 a task: 1.7 for t
 four layers before and after 24 calls (11 microseconds a copy, which takes 1 in a tight loop), 0.6
 for copies of weights and gradients, 0.6 for their numbers, 0.6 for the outer step. Runs in a
 process of their own gave 1.032 and 1.039. With 64 filters it is 16 milliseconds of 760: numbers of
-112,000 weights 6, copies of them 3, statistics 2. The rest is not work: how many fresh pages the run takes
-from the system for its activations differs from run to run, bare or watched (17,000 to 50,000 page
-faults a task). What is kept is copied to pages of the probe's own, so as not to add to them.
+112,000 weights 6, copies of them 3, statistics 2. The rest is not work: how many fresh pages the
+run takes from the system for its activations differs from run to run, bare or watched (17,000 to
+50,000 page faults a task). What is kept is copied to pages of the probe's own, so as not to add to
+them.
 """
 
 
