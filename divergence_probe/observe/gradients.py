@@ -77,9 +77,9 @@ class GradientCalls:
         self._forensics = investigator_of(session)
 
     def _passes(self) -> bool:
-        """Whether a call is not ours to look at: compiled, or part of an observed call."""
+        """Whether a call is not ours to look at: we are off, or it is part of an observed call."""
         guard = self._guard
-        if torch.compiler.is_compiling() or not guard.active:
+        if not guard.active:
             return True
         state = guard.threads.state
         return bool(state.away) or state.is_in_gradient()
@@ -207,7 +207,9 @@ class _Autograd(GradientCalls):
         """``Tensor.backward``: the place to leave the mode stack before torch dispatches to it."""
 
         def backward(*args: Any, **kwargs: Any) -> Any:
-            if not self._passes() and (self._guard.state.on_stack or self._forensics.watches):
+            if not (torch.compiler.is_compiling() or self._passes()) and (
+                self._guard.state.on_stack or self._forensics.watches
+            ):
                 with self._guard.work():
                     self._loops.stop_following()
                     self._forensics.leave()
@@ -219,7 +221,7 @@ class _Autograd(GradientCalls):
         """``torch.autograd.backward``."""
 
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._passes():
+            if torch.compiler.is_compiling() or self._passes():
                 return original(tensors, *args, **kwargs)
             reached: list[Tensor] = []
             there: list[Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from divergence_probe.observe.patching import Patches
@@ -36,7 +37,7 @@ def _train(session: Session, original: Callable[..., nn.Module]) -> Callable[...
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         nonlocal depth
-        if depth or not guard.watching:
+        if torch.compiler.is_compiling() or depth or not guard.watching:
             return original(self, mode)
         was = self.training
         depth += 1

@@ -110,7 +110,7 @@ class Optimizers:
         @functools.wraps(original)
         def load_state_dict(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             result = original(optimizer, *args, **kwargs)
-            if not self._passes():
+            if not (torch.compiler.is_compiling() or self._passes()):
                 with self._session.guard.work():
                     self._tasks.state_loaded(optimizer)
             return result

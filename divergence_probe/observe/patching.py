@@ -29,6 +29,8 @@ class Patches:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        #: Our codes that run where a function is called whose code was swapped.
+        self.codes: dict[Callable[..., Any], list[types.CodeType]] = {}
 
     def swap_code(
         self, function: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -56,17 +58,19 @@ class Patches:
         source = _FORWARDING.format(name=function.__name__, handler=handler_name, free=free)
         exec(compile(source, PASSED_OVER, "exec"), namespace)  # noqa: S102 - our own template
         handler_globals = function.__globals__
-        handler_globals[handler_name] = _passed_over(make(original))
+        handler = handler_globals[handler_name] = _passed_over(make(original))
         had_wrapped = "__wrapped__" in function.__dict__
         function.__defaults__ = function.__kwdefaults__ = None
         function.__code__ = namespace["enclosing"](*saved[0].co_freevars).__code__
         if not had_wrapped:
             function.__wrapped__ = original
+        self.codes[function] = [function.__code__, handler.__code__]
 
         def undo() -> None:
             function.__code__, function.__defaults__, function.__kwdefaults__ = saved
             if not had_wrapped:
                 function.__dict__.pop("__wrapped__", None)
+            self.codes.pop(function, None)
             handler_globals.pop(handler_name, None)
 
         self._undo.append(undo)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._functorch import eager_transforms
 from torch.utils._pytree import tree_leaves
@@ -26,6 +27,7 @@ def install(patches: Patches, session: Session, loops: Loops) -> None:
     patches.swap_code(eager_transforms._autograd_grad, watch.inner)
 
 
+is_compiling = torch.compiler.is_compiling  # (compiled in, a handler may call nothing of ours)
 # How many frames a handler's helper is away from whoever called the handler.
 _BEHIND_HANDLER = FORWARDED + 1
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -62,7 +64,7 @@ class _Transforms(GradientCalls):
         def grad_and_value_impl(
             func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any
         ) -> Any:
-            if self._passes():
+            if is_compiling() or self._passes():
                 return original(func, argnums, has_aux, args, kwargs)
             work, inside = self._guard.work(), self._inside
             site, inputs, expected = self._begin(argnums, args)
@@ -114,13 +116,13 @@ class _Transforms(GradientCalls):
 
         def _vjp_with_argnums(func: Any, *primals: Any, **kwargs: Any) -> Any:
             result = original(func, *primals, **kwargs)
-            if self._passes():
+            if is_compiling() or self._passes():
                 return result
             output, pull_back, *aux = result
 
             def watched(*cotangents: Any, **options: Any) -> Any:
                 made = pull_back(*cotangents, **options)
-                if not self._passes():
+                if not (is_compiling() or self._passes()):
                     with self._guard.work():
                         argnums = kwargs.get("argnums")
                         taken = (
@@ -140,7 +142,7 @@ class _Transforms(GradientCalls):
         """The ``autograd.grad`` that functorch takes itself is not the user's."""
 
         def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._passes():
+            if is_compiling() or self._passes():
                 return original(outputs, inputs, *args, **kwargs)
             guard, inside = self._guard, self._inside
             loss = first_tensor(outputs)

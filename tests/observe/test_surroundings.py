@@ -7,6 +7,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,54 @@ def test_a_compiled_functional_net_with_an_eager_update() -> None:
         return int(counter.frame_count), losses
 
     assert graphs(watched=True) == graphs(watched=False)
+
+
+@pytest.mark.parametrize("compiled", ["loss", "loss and mode", "optimizer", "step"])
+def test_nothing_of_ours_is_compiled(compiled: str) -> None:
+    """As many graphs and breaks as without the probe, and every step recorded."""
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+
+    def graphs(watched: bool) -> tuple[int, int, list[float]]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        counter = torch._dynamo.testing.CompileCounter()
+        compile_it = partial(torch.compile, backend=counter)
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, 1))
+        start = {name: value.clone() for name, value in net.state_dict().items()}
+        optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
+        loss_of = lambda: F.mse_loss(net(x), y)  # noqa: E731
+        move = optimizer.step
+        if compiled == "loss":
+            loss_of = compile_it(loss_of)
+        if compiled == "loss and mode":
+            loss_of = compile_it(lambda: F.mse_loss(net.eval()(x), y))
+        if compiled == "optimizer":
+            move = compile_it(move)
+
+        def step() -> Tensor:
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            move()
+            return loss
+
+        take = compile_it(step) if compiled == "step" else step
+        losses = []
+        with divergence_probe.attach(net) if watched else nullcontext() as probe:
+            for _ in range(TASKS):
+                net.load_state_dict(start)
+                losses += [take().item() for _ in range(STEPS)]
+        if probe is not None:
+            assert probe.failure is None
+            seen = probe.diagnosis.summary
+            assert (seen.tasks, seen.inner_steps) == (TASKS, TASKS * STEPS)
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        return int(counter.frame_count), breaks, losses
+
+    bare, seen = graphs(watched=False), graphs(watched=True)
+    assert seen[0] == bare[0] and seen[2] == bare[2]
+    assert seen[1] <= bare[1]  # (a note on the profiler is counted as one, once a process)
 
 
 def damped(gradient: Tensor) -> Tensor:
