@@ -24,7 +24,13 @@ from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
-from divergence_probe.observe.tensors import are_plain, batched, plain, waits_for_nothing
+from divergence_probe.observe.tensors import (
+    are_plain,
+    batched,
+    is_unreal,
+    plain,
+    waits_for_nothing,
+)
 from divergence_probe.record.schema import FLAGS
 
 _NOTHING: frozenset[int] = frozenset()
@@ -152,7 +158,7 @@ class Follower(TorchFunctionMode):
             return result
         guard = self._guard
         state = guard.threads.state
-        if state.gradient or state.away or not guard.active:
+        if state.gradient or state.away or not guard.active or is_unreal():
             return result
         if (recital := self._recital) is not None:
             try:

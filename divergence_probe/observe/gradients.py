@@ -18,7 +18,7 @@ from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.patching import FORWARDED, Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import in_plain_torch, leaves
+from divergence_probe.observe.tensors import in_plain_torch, is_unreal, leaves
 
 _LISTS = (list, tuple)
 
@@ -82,7 +82,7 @@ class GradientCalls:
         if not guard.active:
             return True
         state = guard.threads.state
-        return bool(state.away) or state.is_in_gradient()
+        return bool(state.away) or state.is_in_gradient() or is_unreal()
 
     def _open(
         self,
@@ -135,6 +135,8 @@ class _Autograd(GradientCalls):
                 site = sites.here(FORWARDED)
                 if expects(site, "grad", outputs, inputs):
                     return self._next_step(state, original, outputs, inputs, *args, **kwargs)
+            elif is_unreal():
+                return original(outputs, inputs, *args, **kwargs)
             with guard.work():
                 site = site if site >= 0 else sites.here()
                 taken = list(inputs.values()) if isinstance(inputs, dict) else inputs

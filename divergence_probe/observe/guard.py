@@ -16,6 +16,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from divergence_probe.errors import DivergenceDetected
+from divergence_probe.observe.tensors import is_unreal
 
 # Bound once: they are called a dozen times in every inner step.
 _clock = time.perf_counter
@@ -182,7 +183,7 @@ class Guard:
     @property
     def watching(self) -> bool:
         """Whether a call arriving now is the user's and should be looked at."""
-        return self.active and not self.threads.state.away
+        return self.active and not self.threads.state.away and not is_unreal()
 
     @property
     def differentiable(self) -> bool:

@@ -13,7 +13,13 @@ from torch import Tensor
 from divergence_probe.observe.capture import MOST_CALLS, LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import are_plain, in_plain_torch, is_tracing, physical
+from divergence_probe.observe.tensors import (
+    are_plain,
+    in_plain_torch,
+    is_tracing,
+    is_unreal,
+    physical,
+)
 
 _LOSSES = (
     F.cross_entropy,
@@ -50,7 +56,7 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
         if type(result) is Tensor and in_plain_torch() and result.is_cpu:
             if result.numel() == 1:
                 _keep(session, result, result.item())
-        elif isinstance(result, Tensor):
+        elif isinstance(result, Tensor) and not is_unreal():
             _note(session, result)
         return result
 

@@ -30,6 +30,7 @@ from divergence_probe.observe.tensors import (
     are_plain,
     in_plain_torch,
     is_tracing,
+    is_unreal,
     plain,
     waits_for_nothing,
 )
@@ -84,6 +85,8 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
                 guard.fail(error)
             guard.spent += clock() - started
             return result
+        if is_unreal():
+            return original(*call)
         with state:
             before = _statistics(running_mean, running_var)
         with inside:

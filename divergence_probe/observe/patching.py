@@ -52,6 +52,7 @@ class Patches:
         )
         original.__kwdefaults__ = saved[2]
         original.__module__ = function.__module__
+        original.__annotations__ = function.__annotations__
         handler_name = f"_divergence_probe_{function.__name__}_{id(self)}"
         namespace: dict[str, Any] = {}
         free = ", ".join(saved[0].co_freevars)

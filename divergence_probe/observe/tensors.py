@@ -20,7 +20,8 @@ _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 is_tracing = torch._C._get_tracing_state
 are_transforms_active = torch._C._are_functorch_transforms_active
-
+_dispatch_mode = torch._C._get_dispatch_mode
+_UNREAL = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None)))
 
@@ -28,6 +29,14 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
     return not (_function_modes() or are_transforms_active() or _dispatch_modes())
+
+
+def is_unreal() -> bool:
+    """Whether operations are written down, or only their shapes worked out (``make_fx``, export).
+
+    There are no values then; ours would be written down as the user's.
+    """
+    return any(_dispatch_mode(key) is not None for key in _UNREAL)
 
 
 def are_plain(values: Iterable[object]) -> bool:

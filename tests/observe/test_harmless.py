@@ -239,8 +239,8 @@ def torch_itself():
 def test_nothing_of_ours_remains(loop):
     run(loop)  # what torch loads or caches on first use is not ours
     hooks, profile = (sys.excepthook, sys.unraisablehook), (sys.gettrace(), sys.getprofile())
-    before = torch_itself()
     net, used = Net(), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    before = torch_itself()  # (torch wraps a class's step when the first of it is made)
     attributes = {id(m): set(vars(m)) for m in net.modules()}
 
     with divergence_probe.attach(net):

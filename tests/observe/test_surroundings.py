@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -381,6 +383,35 @@ def test_an_update_out_of_sight_is_not_called_none() -> None:
                 gradients = torch.autograd.grad(F.mse_loss(F.linear(x, *fast), y), fast)
                 fast = stepped(fast, [torch.vmap(damped)(g) for g in gradients])
     assert probe.diagnosis.verdict == "unobserved"
+
+
+def test_traced_operations_are_left_alone() -> None:
+    """``make_fx`` writes operations down: there are no values, and ours do not belong there."""
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+
+    def nodes(loss_of: Callable[[Tensor], Tensor]) -> list[str]:
+        return [str(node.target) for node in make_fx(loss_of)(torch.ones(1, 4)).graph.nodes]
+
+    traced = [
+        lambda w: F.mse_loss(F.linear(x, w), y),
+        lambda w: F.batch_norm(F.linear(x, w), None, None, training=True),
+        lambda w: torch.func.grad(lambda v: F.mse_loss(F.linear(x, v), y))(w),
+        lambda w: torch.autograd.grad(F.linear(x, v := w.clone().requires_grad_()).sum(), v)[0],
+    ]
+    bare = [nodes(loss_of) for loss_of in traced]
+    weight = torch.randn(1, 4, requires_grad=True)
+    with divergence_probe.attach() as probe:
+        (gradient,) = torch.autograd.grad(F.mse_loss(F.linear(x, weight), y), weight)
+        assert [nodes(loss_of) for loss_of in traced] == bare
+        fast = weight - RATE * gradient
+        F.mse_loss(F.linear(x, fast), y)
+    assert probe.failure is None
+
+
+def test_signatures_stay_readable_while_watched() -> None:
+    bare = inspect.signature(F.mse_loss), inspect.signature(torch.autograd.grad)
+    with divergence_probe.attach():
+        assert (inspect.signature(F.mse_loss), inspect.signature(torch.autograd.grad)) == bare
 
 
 _COMPILES = """
