@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -86,6 +87,9 @@ class BaseMutated(Rule):
         self._instances: dict[tuple[int, int], object] = {}
         self._outer_steps = False
         self._without_effect = 0
+        # by rank: when the last outer step was taken, whatever it moved
+        self._stepped: dict[int, float] = {}
+        self._seconds: dict[tuple[int, int], float] = {}  # when the last task began, as above
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Compare each task's first row with the task before it, in order of time."""
@@ -94,12 +98,13 @@ class BaseMutated(Rule):
         others = self._of_other_models(frame, rows)
         places = self._places(frame, rows)
         moved = places.moved()
+        between = self._stepped_between(frame, rows)
         for number in np.flatnonzero(moved.any(1)).tolist():
             row = int(rows[number])
             if frame.outer[row]:
                 yield from self._stepped_from(frame, row, moved[number], places.ended[number])
             elif row not in others:
-                yield from self._begun(frame, row, places, number)
+                yield from self._begun(frame, row, places, number, bool(between[number]))
         self._keep(frame, places)
 
     def _restores(self, frame: Frame) -> Iterator[Finding]:
@@ -148,6 +153,25 @@ class BaseMutated(Rule):
         ends[last >= 0] = after[last[last >= 0]]
         return _Places(tasks, np.concatenate([start[None], before[rows]]), ends)
 
+    def _stepped_between(self, frame: Frame, rows: Numbers) -> Flags:
+        """Whether an outer step of something else came between the places at ``rows``.
+
+        (Rows of what no task adapts, a learned optimizer, say, are in a block of their own.)
+        """
+        rank, key = frame.block.rank, _layout(frame)
+        steps = [event.seconds for event in frame.events("outer-step")]
+        begun = frame.block.scalars["seconds"][rows]
+        for own in begun[frame.outer[rows]].tolist():  # (told right after its row was taken down)
+            place = bisect.bisect_left(steps, own)
+            del steps[place : place + 1]
+        steps.insert(0, self._stepped.get(rank, -np.inf))
+        self._stepped[rank] = steps[-1]
+        if not len(rows):
+            return np.zeros(0, dtype=bool)
+        earlier = np.append(self._seconds.get(key, -np.inf), begun[:-1])
+        self._seconds[key] = float(begun[-1])
+        return np.searchsorted(steps, begun) > np.searchsorted(steps, earlier)
+
     def _keep(self, frame: Frame, places: _Places) -> None:
         """Remember the last place for the next block."""
         layout = _layout(frame)
@@ -180,7 +204,9 @@ class BaseMutated(Rule):
             fix="Adapt a copy: fast = [w - lr * g ...] without .data and without in-place writes.",
         )
 
-    def _begun(self, frame: Frame, row: int, places: _Places, number: int) -> Iterator[Finding]:
+    def _begun(
+        self, frame: Frame, row: int, places: _Places, number: int, stepped: bool
+    ) -> Iterator[Finding]:
         """A task that begins elsewhere than the one before."""
         start, earlier = places.start[number + 1], places.start[number]
         ended, measured = places.ended[number], places.measured()[number]
@@ -189,10 +215,10 @@ class BaseMutated(Rule):
         adapted = measured & ~_alike(ended, earlier)
         facts = frame.tasks.get(int(frame.task[row]))
         if facts is None or not _spares_the_base(facts.data) or (kept & adapted).any():
-            yield self._describe(frame, row, moved, kept, adapted)
+            yield self._describe(frame, row, moved, kept, adapted, stepped)
 
     def _describe(
-        self, frame: Frame, row: int, moved: Flags, kept: Flags, adapted: Flags
+        self, frame: Frame, row: int, moved: Flags, kept: Flags, adapted: Flags, stepped: bool
     ) -> Finding:
         columns = np.flatnonzero(moved)
         layers = tuple(dict.fromkeys(frame.layer(int(c)) for c in columns))
@@ -201,13 +227,16 @@ class BaseMutated(Rule):
         half = carried and restored
         # Everything carried over, or moved elsewhere, may be meant (continual, Reptile); a reset
         # of some weights only is not, nor is a base that an outer step is to move as well.
-        meant = not half and not (carried and (self._outer_steps or frame.outer[:row].any()))
+        # What another outer step came between (a learned optimizer's, over a stretch of training)
+        # is a stretch.
+        expected = self._outer_steps or bool(frame.outer[:row].any())
+        meant = not half and (stepped or not (carried and expected))
         how = "only partly restored" if half else "not where the task before began"
         return self.at(
             frame,
             row,
             f"task {int(frame.task[row])} begins with weights {how} ({frame.called(layers)}), with "
-            "no outer step between",
+            f"no outer step{' of theirs' * stepped} between",
             "the task begins with weights another task left",
             severity=Severity.INFO if meant else Severity.WARNING,
             layer=layers[0],

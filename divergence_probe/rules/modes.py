@@ -18,6 +18,10 @@ _Hits = dict[int, tuple[int, list[str], str, str]]
 #: By row: the others.
 _Found = dict[int, tuple[list[str], str, str]]
 
+# What a batch leaves of the running statistics (torch's default momentum is 0.1), and what counts
+# as little of those a task began with.
+_MOMENTUM_LEFT, _LITTLE = 0.9, 0.1
+
 
 class ModesDiffer(Rule):
     """Support and query of one task run in different modes.
@@ -55,6 +59,8 @@ class ModesDiffer(Rule):
         super().__init__(thresholds)
         self._untrained: set[tuple[int, int]] = set()
         self._waiting: list[Finding] = []
+        # of tasks before the first outer step, that began on untrained statistics
+        self._fresh: list[Finding] | None = []
         self._queries_trained = False
 
     def check(self, frame: Frame) -> Iterator[Finding]:
@@ -62,7 +68,7 @@ class ModesDiffer(Rule):
         found = {row: (layers, was, now) for row, layers, was, now in self._hits(frame).values()}
         self._note_untrained(frame)
         taken = frame.query & (frame.block.scalars["site"] >= 0)
-        if found or self._waiting:
+        if found or self._waiting or self._fresh:
             yield from self._judged(frame, found, taken)
         else:
             self._note_queries(frame, taken)
@@ -73,7 +79,7 @@ class ModesDiffer(Rule):
         """Whether the queries since the last outer step are trained on."""
         steps = np.flatnonzero(frame.outer)
         if len(steps):
-            self._queries_trained = False
+            self._queries_trained, self._fresh = False, None
             taken = taken[steps[-1] :]
         self._queries_trained |= bool(taken.any())
 
@@ -81,8 +87,7 @@ class ModesDiffer(Rule):
         """What was found, in order of time, and what waited for the outer steps in between."""
         for row in map(int, np.flatnonzero(frame.query | frame.outer)):
             if frame.outer[row]:
-                yield from self._settled(used=not self._queries_trained)
-                self._queries_trained = False
+                yield from self._settled(frame, row)
                 continue
             self._queries_trained |= bool(taken[row])
             if row not in found:
@@ -90,8 +95,12 @@ class ModesDiffer(Rule):
             finding = self._describe(frame, row, *found[row])
             if taken[row] or not self._predicts(frame, row, found[row][0]):
                 yield finding
-            else:
+            elif not self._is_untrained(frame, row):
                 self._waiting.append(finding)
+            elif self._fresh is None:
+                yield finding
+            else:
+                self._fresh.append(finding)
 
     def _note_untrained(self, frame: Frame) -> None:
         """Tasks that began on statistics no batch had been seen by."""
@@ -102,8 +111,6 @@ class ModesDiffer(Rule):
 
     def _predicts(self, frame: Frame, row: int, layers: list[str]) -> bool:
         """Whether a query in eval mode after adapting in train mode is what everyone does."""
-        if (frame.block.rank, int(frame.task[row])) in self._untrained:
-            return False
         layout, norm = frame.block.layout, frame.block.batch_norm
         drops = [i for i, name in enumerate(layout.dropouts) if name in layers]
         if (frame.block.dropout[row, drops] > 0).any():
@@ -113,15 +120,31 @@ class ModesDiffer(Rule):
             return False
         return not (farness(frame, self.thresholds)[row, columns] > 1).any()
 
-    def _settled(self, used: bool) -> Iterator[Finding]:
-        """Give out what waited: predictions, or what an outer step used after all."""
-        waiting, self._waiting = self._waiting, []
+    def _is_untrained(self, frame: Frame, row: int) -> bool:
+        """Whether a query's task began on untrained statistics and did not train them itself."""
+        left = _MOMENTUM_LEFT ** int(frame.step[row])
+        return (frame.block.rank, int(frame.task[row])) in self._untrained and left > _LITTLE
+
+    def _settled(self, frame: Frame, row: int) -> Iterator[Finding]:
+        """Give out what waited: predictions, or what an outer step used after all.
+
+        An average of weights (Reptile, federated averaging) uses no query. It takes the statistics
+        along: untrained ones in the first round only are how everyone begins.
+        """
+        averaged = bool(frame.flagged("incomplete")[row])
+        used = not averaged and not self._queries_trained
+        waiting, fresh = self._waiting, self._fresh or []
+        self._waiting, self._fresh, self._queries_trained = [], None, False
+        for finding in fresh:
+            yield replace(finding, severity=Severity.INFO) if averaged else finding
         for finding in waiting:
             yield finding if used else replace(finding, severity=Severity.INFO)
 
     def finish(self) -> Iterator[Finding]:
         """What no outer step followed were predictions."""
-        yield from self._settled(used=False)
+        yield from self._fresh or []
+        for finding in self._waiting:
+            yield replace(finding, severity=Severity.INFO)
 
     def _hits(self, frame: Frame) -> _Hits:
         hits: _Hits = {}
