@@ -32,6 +32,9 @@ class _Thread(threading.local):
     last: tuple[Pending | None, Task] | None = None
 
 
+_ADAPTER = "torch.optim"
+
+
 class InPlaceTasks:
     """The inner loops that optimizers run in place, on copies or on one model.
 
@@ -138,8 +141,9 @@ class InPlaceTasks:
         # (not of self.of: the optimizer of the task before may be gone)
         latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
         goes_on = bool(latest) and self._unchanged(latest[-1], step)
-        for task in [t for t in self.of.values() if t.known is step.known and not t.ended]:
-            self._finish(task)
+        for task in self._open():
+            if task.known is step.known:
+                self._finish(task)
         base = step.base
         self.adapted.update(
             t.known for t in self._nesting.tasks if t.base is None and not t.provisional
@@ -152,7 +156,7 @@ class InPlaceTasks:
             self._reptile.begins(step.known, step.positions, step.before)
         task = self._session.start_task(
             step.known,
-            "torch.optim",
+            _ADAPTER,
             step.site,
             base=base,
             provisional=not confirmed,
@@ -212,8 +216,12 @@ class InPlaceTasks:
 
     def _restored(self, task: Task) -> None:
         """The weights a task adapted in place were loaded anew."""
-        if any(own is task for own in self.of.values()):
+        if any(own is task for own in self._open()):
             self._finish(task)
+
+    def _open(self) -> list[Task]:
+        """Tasks of optimizers that are not over; their optimizers may be gone."""
+        return [t for t in self._session.open if t.in_place and t.adapter == _ADAPTER]
 
     def _finish(self, task: Task) -> None:
         fast = identities(task.fast)
@@ -223,9 +231,8 @@ class InPlaceTasks:
 
     def close(self) -> None:
         """The run is over."""
-        for task in list(self.of.values()):
-            if not task.ended:
-                self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+        for task in self._open():
+            self._finish(task)  # one copy that was trained, and no other, was fine-tuned
 
 
 def _same(value: Tensor | None, other: Tensor | None) -> bool:

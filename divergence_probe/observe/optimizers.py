@@ -276,6 +276,7 @@ class Optimizers:
         self._tasks.outer_step()
         self._targets.moved(step.known)
         session.just_stepped.add(step.known)
+        session.outer_optimizers.add(step.optimizer)
         session.bases.difference_update(session.models.note_moved(step.parameters))
         session.outer_step(
             step.known,

@@ -12,6 +12,7 @@ import itertools
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -53,7 +54,7 @@ _ROWS_AT_ONCE = 128
 # Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
 _SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
 _SHARE_OF_TIME = 0.003
-_ROWS_HELD = 32
+_ROWS_HELD = 128
 
 
 class Sink(Protocol):
@@ -95,6 +96,8 @@ class Session:
         self.unrolled: set[KnownModel] = set()
         #: Bases that took an outer step since the last of their tasks began.
         self.just_stepped: set[KnownModel] = set()
+        #: Optimizers that took outer steps: what is in their state is of the base's own training.
+        self.outer_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.restoring: list[Callable[[Task], None]] = []
         #: Called with a module whose state is asked for, or that is copied: it may be kept.
         self.keeping: list[Callable[[nn.Module], None]] = []
@@ -202,6 +205,11 @@ class Session:
         self.event("task-start", task, task.site, **task.data)
         task.steps = steps
         held, task.held = task.held, []
+        if len(held) < task.steps:
+            self.unseen(
+                "A loop was known to be an inner one only after many steps, of which the first "
+                "were not kept."
+            )
         for row in held:
             row.task = task.index
             self._add(row, task)
@@ -365,13 +373,14 @@ class Session:
         state was kept by reference, not copied.
         """
         for task in tasks:
-            if task.last is not None and task.first is not None and task.steps:
-                adapted = not _same(task.first.before, task.last.after)
-                current = [r() if r is not None else None for r in task.fast]
-                if adapted and _same(current, task.last.after):
-                    self.event("restore-without-effect", None, site)
-            for ending in self.restoring:
+            for ending in self.restoring:  # (its last update may still have to be settled)
                 ending(task)
+            first, end = task.first, task.adapted
+            if task.ended and first is not None and end is not None:
+                adapted = not _same(first.before, end)
+                current = [r() if r is not None else None for r in task.fast]
+                if adapted and _same(current, end):
+                    self.event("restore-without-effect", None, site)
 
     def current_forwards(self) -> Forwards:
         """Where a forward that names no module belongs: the open task's, else the thread's."""

@@ -94,23 +94,25 @@ class RunningStatisticsLeak(Rule):
             self._carried[layout, int(task)] = goes_on
         self._weights[layout] = (int(tasks[-1]), after[rows[-1]].copy())
 
-    def _start(self, frame: Frame, row: int, column: int, task: int) -> float:
-        """A layer's running mean before the task's first forward.
+    def _start(self, frame: Frame, row: int, column: int, task: int) -> float | None:
+        """A layer's running mean before the task's first forward; None where that was not kept.
 
         (Not before the first one whose buffers are known as the base's: a copy that is used for
         task after task is met as such only after its first step.)
         """
         known = self._starts.get((frame.block.rank, frame.block.layout.index))
-        if known is not None and known[0] == task and column < len(known[1]):
-            start = float(known[1][column])
-            if start != MISSING:
-                return start
+        if known is None or known[0] != task:
+            return None
+        if column < len(known[1]) and (start := float(known[1][column])) != MISSING:
+            return start
         return float(frame.block.batch_norm["bn_running_mean_before"][row, column])
 
     def _layer(self, frame: Frame, row: int, column: int, task: int) -> Iterator[Finding]:
         layer = frame.normalization(column)
         layout = (frame.block.rank, frame.block.layout.index)
         start = self._start(frame, row, column, task)
+        if start is None:
+            return
         end = float(frame.block.batch_norm["bn_running_mean_after"][row, column])
         previous = self._moved.get((layout, layer))
         if previous is not None and previous[0] != task:

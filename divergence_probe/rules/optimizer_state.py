@@ -47,6 +47,10 @@ class OptimizerStateCarriedOver(Rule):
     severity = Severity.WARNING
     cause = "optimizer-state-carryover"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._single_steps: dict[int, bool] = {}  # by rank: whether every task so far had one step
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task that begins with a used optimizer."""
         yield from self._by_hand(frame)
@@ -58,11 +62,14 @@ class OptimizerStateCarriedOver(Rule):
             since = f" after {steps:.0f} steps" if steps else ""
             loaded = bool(event.data.get("loaded_state"))
             whence = "were loaded into it" if loaded else "come from another task"
-            if event.data.get("moved_on"):
+            if event.data.get("trains_base"):
+                whence = "are those of the base's own training"
+            elif event.data.get("moved_on"):
                 whence += ", as do the weights (moved in between, not reset)"
+            meant = loaded or event.data.get("moved_on") or event.data.get("trains_base")
             yield self.finding(
                 f"task {event.task} begins with a used {name}{since}: its moments {whence}",
-                severity=Severity.INFO if loaded or event.data.get("moved_on") else self.severity,
+                severity=Severity.INFO if meant else self.severity,
                 task=event.task,
                 step=0,
                 phase="support",
@@ -74,11 +81,19 @@ class OptimizerStateCarriedOver(Rule):
             )
 
     def _by_hand(self, frame: Frame) -> Iterator[Finding]:
-        """Hand-written momentum: a first step that goes on along the task before's last one."""
+        """Hand-written momentum: a first step that goes on along the task before's last one.
+
+        Where every task is a single step, momentum that begins anew would be none: it is that of
+        the base's own training then, as in second-order DARTS, and a remark.
+        """
+        rank = frame.block.rank
+        several = bool((frame.support & (frame.step > 0)).any())
+        self._single_steps[rank] = self._single_steps.get(rank, True) and not several
         velocity = frame.block.scalars["carried_velocity"]
         with np.errstate(invalid="ignore"):
             hit = frame.begins & (velocity > _PARALLEL) & ~frame.flagged("transformed")
         for row in frame.first_rows(hit):
+            alone = self._single_steps.get(frame.block.rank, False)
             yield self.at(
                 frame,
                 row,
@@ -86,6 +101,7 @@ class OptimizerStateCarriedOver(Rule):
                 f"task before (cosine {velocity[row]:.4f} across its own gradient): its velocity "
                 "is carried over",
                 "this step carries another task's momentum",
+                severity=Severity.INFO if alone else self.severity,
                 evidence={"cosine": float(velocity[row])},
                 fix="Set the velocity to zero at the start of every task.",
             )

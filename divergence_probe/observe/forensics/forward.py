@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.forensics.graph import Graph, Range, Saved, family, finite, saved
+from divergence_probe.observe.forensics.graph import (
+    Graph,
+    Range,
+    Saved,
+    family,
+    finite,
+    is_leaf_node,
+    saved,
+)
 
 #: Operations that keep finite numbers of ordinary size finite: where their output is not and their
 #: known input is, the other operand came in bad.
@@ -22,6 +30,15 @@ _FAITHFUL = frozenset(
         "add", "sub", "rsub", "neg", "view", "reshape_alias", "t", "transpose", "permute", "sum",
         "mean", "expand", "unsqueeze", "squeeze", "cat", "stack", "index", "select", "slice",
         "clone", "alias", "unsafe_view", "gather", "mul", "where", "masked_fill",
+    }
+)  # fmt: skip
+
+#: Operations whose output is bad where anything they take is.
+_PASSING_ON = frozenset(
+    {
+        "view", "reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze",
+        "clone", "alias", "unsafe_view", "add", "sub", "rsub", "neg", "mul", "sum", "mean",
+        "linear", "matmul", "mv", "dot", "conv", "native_batch_norm", "native_layer_norm",
     }
 )  # fmt: skip
 
@@ -89,6 +106,7 @@ class _Reading:
         self.graph = graph
         self.kept: dict[Any, list[Saved]] = {node: saved(node) for node in graph.nodes}
         self.output: dict[Any, bool] = {}
+        self._leaves: dict[Any, bool] = {}
         if graph.root.grad_fn in self.kept:
             self.output[graph.root.grad_fn] = finite(graph.root)
         for node in graph.nodes:
@@ -101,6 +119,8 @@ class _Reading:
                 self._note(node, finite(entry.value))
             elif (producer := self._producer(node, entry)) is not None:
                 self._note(producer, finite(entry.value))
+        if node not in self.output and family(node.name()) in _PASSING_ON and self.bad_input(node):
+            self._note(node, False)
         again = _RECOMPUTED.get(family(node.name()))
         if again is not None and node not in self.output:
             try:
@@ -131,9 +151,20 @@ class _Reading:
 
     def bad_input(self, node: Any) -> bool:
         """Whether something bad is known to have come into ``node``."""
+        if self._takes_a_bad_leaf(node):
+            return True
         if any(not e.result and not finite(e.value) for e in self.kept[node]):
             return True
         return any(self.output.get(following) is False for following, _ in node.next_functions)
+
+    def _takes_a_bad_leaf(self, node: Any) -> bool:
+        """Whether a weight that ``node`` takes is bad: one that is not adapted, but trained."""
+        leaves = [f for f, _ in node.next_functions if f is not None and is_leaf_node(f)]
+        for leaf in leaves:
+            if leaf not in self._leaves:
+                variable = getattr(leaf, "variable", None)
+                self._leaves[leaf] = variable is None or finite(variable)
+        return not all(self._leaves[leaf] for leaf in leaves)
 
     def describe(self, node: Any) -> Spot:
         """The producer at ``node`` or, where it cannot be one, among unknown nodes before it."""

@@ -118,6 +118,7 @@ class _Higher:
             copy_initial_weights=copied,
             carried_steps=carried.steps,
             carried_state=carried.state,
+            trains_base=other in session.outer_optimizers,
             compiled=bool(
                 fast is not None
                 and "_compiled_call_impl" in fast.__dict__
