@@ -54,7 +54,7 @@ _ROWS_AT_ONCE = 128
 # Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
 _SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
 _SHARE_OF_TIME = 0.003
-_ROWS_HELD = 128
+_ROWS_HELD = 32
 
 
 class Sink(Protocol):
@@ -117,6 +117,7 @@ class Session:
         self._aside: list[Row] = []
         self._parts: list[Block] = []
         self._measured_rows = 0
+        self._cut_short = 0
         self._room = _BYTES_PER_BLOCK
         self._layout = -1
         self._events: list[Event] = []
@@ -205,7 +206,8 @@ class Session:
         self.event("task-start", task, task.site, **task.data)
         task.steps = steps
         held, task.held = task.held, []
-        if len(held) < task.steps:
+        self._cut_short += len(held) < task.steps
+        if self._cut_short > 1:  # (the first may be a training before)
             self.unseen(
                 "A loop was known to be an inner one only after many steps, of which the first "
                 "were not kept."

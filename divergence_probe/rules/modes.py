@@ -32,7 +32,8 @@ class ModesDiffer(Rule):
 
     To train in train mode and to predict in eval mode is what everyone does, and test-time training
     with it: where no gradient is taken of the query, it is a remark, provided that the running
-    statistics were trained before the task and are close to those of the batch they normalise.
+    statistics were trained (before the task, or by its own steps) and are close to those of the
+    batch they normalise. An average of adapted weights uses no query.
 
     ## Why it is bad
     The weights were adapted under one normalisation and are judged under another.

@@ -1,6 +1,7 @@
 """A model that loads another one's state is its copy, as a deep copy is."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def clones(net):
 
 
 def summary(run):
+    gc.collect()  # the nets of tests before begin with the same values
     torch.manual_seed(0)
     net = network()  # alive until the end, as in a script
     with divergence_probe.attach() as probe:
