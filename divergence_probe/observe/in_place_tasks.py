@@ -112,6 +112,13 @@ class InPlaceTasks:
         if self._thread.last[1] is not task or task.last is None:
             return False
         row = task.last
+        pending = self._thread.last[0]
+        row.carried = [*row.carried, *_carried(pending, step.parameters)]
+        if pending is not None and pending.learned.optimizer is not None:
+            # (whose gradients the next backward is asked about, too)
+            known = identities(pending.learned.optimizer)
+            others = [parameter for parameter in step.parameters if id(parameter) not in known]
+            pending.learned.optimizer += map(weakref.ref, others)
         for name, values in zip(("before", "after", "gradients"), columns, strict=True):
             kept = list(getattr(row, name))
             if name == "before" and any(
