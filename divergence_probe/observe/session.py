@@ -118,6 +118,8 @@ class Session:
         self._parts: list[Block] = []
         self._measured_rows = 0
         self._cut_short = 0
+        self._copied: tuple[Task | None, set[int]] = (None, set())
+        self._taking_turns: set[KnownModel] = set()
         self._room = _BYTES_PER_BLOCK
         self._layout = -1
         self._events: list[Event] = []
@@ -437,6 +439,8 @@ class Session:
         if task is not None:
             if row.forwards is not NO_FORWARDS:
                 self.name_forwards(row.forwards, task.known, task)
+                if task.in_place and task.base is not None:
+                    self._note_whose(row.forwards, task, task.base)
             if task.provisional:
                 self._hold(task, row)
                 return
@@ -453,6 +457,22 @@ class Session:
                 self.flush()
             elif self._room < 0:
                 self._make_room(row)
+
+    def _note_whose(self, forwards: Forwards, task: Task, base: KnownModel) -> None:
+        """Whether the statistics of a copy are the base's, or all tasks' at least.
+
+        One copy that every task loads its weights into passes its statistics on; where copies take
+        turns (each client has one), they are each one's own.
+        """
+        buffers = {call.buffers for call in forwards.normalizations}
+        last, theirs = self._copied
+        if last is not task:
+            if last is not None and theirs and theirs.isdisjoint(buffers):
+                self._taking_turns.add(base)
+            self._copied = task, buffers
+        if base in self._taking_turns:
+            for call in forwards.normalizations:
+                call.shared &= call.buffers in base.buffer_ids
 
     def _set_aside(self, row: Row) -> None:
         """Keep an outer step of what no task adapts until the block of the tasks is closed.
