@@ -112,13 +112,6 @@ class InPlaceTasks:
         if self._thread.last[1] is not task or task.last is None:
             return False
         row = task.last
-        pending = self._thread.last[0]
-        row.carried = [*row.carried, *_carried(pending, step.parameters)]
-        if pending is not None and pending.learned.optimizer is not None:
-            # (whose gradients the next backward is asked about, too)
-            known = identities(pending.learned.optimizer)
-            others = [parameter for parameter in step.parameters if id(parameter) not in known]
-            pending.learned.optimizer += map(weakref.ref, others)
         for name, values in zip(("before", "after", "gradients"), columns, strict=True):
             kept = list(getattr(row, name))
             if name == "before" and any(
@@ -128,6 +121,13 @@ class InPlaceTasks:
             setattr(
                 row, name, [a if a is not None else b for a, b in zip(kept, values, strict=True)]
             )
+        pending = self._thread.last[0]
+        row.carried = [*row.carried, *_carried(pending, step.parameters)]
+        if pending is not None and pending.learned.optimizer is not None:
+            # (whose gradients the next backward is asked about, too)
+            known = identities(pending.learned.optimizer)
+            others = [parameter for parameter in step.parameters if id(parameter) not in known]
+            pending.learned.optimizer += map(weakref.ref, others)
         return True
 
     def going_on(self, step: Step) -> Task | None:
