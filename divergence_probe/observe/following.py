@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
@@ -29,6 +28,7 @@ from divergence_probe.observe.tensors import (
     batched,
     is_unreal,
     plain,
+    tensors_in,
     waits_for_nothing,
 )
 from divergence_probe.record.schema import FLAGS
@@ -193,7 +193,7 @@ class Follower(TorchFunctionMode):
         if pending is None or self._recital is not None:
             return
         parameters = gradients = _NOTHING
-        for tensor in filter(_is_tensor, tree_leaves(arguments)):
+        for tensor in tensors_in(arguments):
             tag = self._tags.get(id(tensor))
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
@@ -201,7 +201,7 @@ class Follower(TorchFunctionMode):
             return
         pending.learned.flags |= FLAGS["transformed"]
         pending.flags |= pending.learned.flags
-        made = [tensor for tensor in tree_leaves(result) if _is_tensor(tensor)]
+        made = tensors_in(result)
         if not parameters:
             for tensor in made:
                 self._made(pending, tensor, _NOTHING, gradients)
@@ -495,10 +495,6 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _stays(mode: TorchFunctionMode) -> bool:

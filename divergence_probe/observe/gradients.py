@@ -77,7 +77,10 @@ class GradientCalls:
         self._forensics = investigator_of(session)
 
     def _passes(self) -> bool:
-        """Whether a call is not ours to look at: we are off, or it is part of an observed call."""
+        """Whether a call is not ours to look at: we are off, or it is part of an observed call.
+
+        (Whether it is being compiled is asked before: nothing of ours can be called there.)
+        """
         guard = self._guard
         if not guard.active:
             return True

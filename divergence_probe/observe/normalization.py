@@ -70,7 +70,7 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         if in_plain_torch() and are_plain((input, weight, running_mean)):
             # There is nothing to put aside: a step calls this once a layer.
             started = clock()
-            before, moves = None, training and running_mean is not None
+            before = None
             try:
                 before = _statistics(running_mean, running_var)
             except Exception as error:
@@ -79,7 +79,7 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
             result = original(*call)
             started = clock()
             try:
-                after = _statistics(running_mean, running_var) if moves else None
+                after = _statistics(running_mean, running_var) if training else None
                 _note(session, _calling_module(), call, before, after, is_grad_enabled())
             except Exception as error:
                 guard.fail(error)

@@ -15,6 +15,7 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     maybe_get_bdim,
 )
+from torch.utils._pytree import tree_leaves
 
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -23,12 +24,26 @@ are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_mode = torch._C._get_dispatch_mode
 _UNREAL = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None)))
 
 
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
     return not (_function_modes() or are_transforms_active() or _dispatch_modes())
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a pytree, in order."""
+    if type(tree) is dict:  # by far the most common, and pytrees walk slowly
+        if _TENSORS.issuperset(map(type, tree.values())):
+            return list(tree.values())
+    elif type(tree) in (list, tuple):
+        if len(tree) == 1 and type(tree[0]) is dict:
+            return tensors_in(tree[0])
+        if _TENSORS.issuperset(map(type, tree)):
+            return list(tree)
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def is_unreal() -> bool:

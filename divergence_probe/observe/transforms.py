@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch import eager_transforms
-from torch.utils._pytree import tree_leaves
 
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.gradients import GradientCalls, first_tensor
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.patching import FORWARDED, Patches
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.tensors import are_transforms_active, plain
+from divergence_probe.observe.tensors import are_transforms_active, plain, tensors_in
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -30,7 +29,6 @@ def install(patches: Patches, session: Session, loops: Loops) -> None:
 is_compiling = torch.compiler.is_compiling  # (compiled in, a handler may call nothing of ours)
 # How many frames a handler's helper is away from whoever called the handler.
 _BEHIND_HANDLER = FORWARDED + 1
-_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 class _Inside(threading.local):
@@ -86,7 +84,7 @@ class _Transforms(GradientCalls):
                 work.transform -= 1
                 inside.site, inside.inputs, inside.expected = outer
             with work:
-                value, made = result[1][0] if has_aux else result[1], _tensors(result[0])
+                value, made = result[1][0] if has_aux else result[1], tensors_in(result[0])
                 if not expected or not self._loops.known.went_on(
                     value, inputs, made, inside.before, inside.after
                 ):
@@ -100,7 +98,7 @@ class _Transforms(GradientCalls):
         """The line of a gradient, what it is taken of, and whether that was expected next."""
         try:
             site = self._session.sites.here(_BEHIND_HANDLER)
-            inputs = _tensors([args[i] for i in _tuple(argnums)])
+            inputs = tensors_in([args[i] for i in _tuple(argnums)])
         except Exception as error:
             self._guard.fail(error)
             return -1, [], False
@@ -128,10 +126,10 @@ class _Transforms(GradientCalls):
                         taken = (
                             primals if argnums is None else [primals[i] for i in _tuple(argnums)]
                         )
-                        inputs, loss = _tensors(taken), first_tensor(output)
+                        inputs, loss = tensors_in(taken), first_tensor(output)
                         site = self._session.sites.here()
                         self._open(site, "func", loss, inputs)
-                        self._loops.gradient(site, "func", loss, inputs, _tensors(made))
+                        self._loops.gradient(site, "func", loss, inputs, tensors_in(made))
                 return made
 
             return (output, watched, *aux)
@@ -156,7 +154,7 @@ class _Transforms(GradientCalls):
                     result = original(outputs, inputs, *args, **kwargs)
                 inside.after = sequence_number()
                 return result
-            tensors = _tensors(inputs)
+            tensors = tensors_in(inputs)
             with guard.work():
                 if inside.expected:
                     self._loops.settle(inside.inputs)  # what the step before made is asked for
@@ -168,25 +166,13 @@ class _Transforms(GradientCalls):
             with guard.gradient_call():
                 result = original(outputs, inputs, *args, **kwargs)
             with guard.work():
-                self._forensics.after(loss, tensors, _tensors(result), self._names)
+                self._forensics.after(loss, tensors, tensors_in(result), self._names)
             return result
 
         return _autograd_grad
 
     def _names(self, inputs: Sequence[Tensor]) -> Sequence[tuple[int, str]]:
         return super()._names(self._inside.inputs or inputs)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if type(tree) is dict:  # by far the most common, and pytrees walk slowly
-        if _TENSORS.issuperset(map(type, tree.values())):
-            return list(tree.values())
-    elif type(tree) in (list, tuple):
-        if len(tree) == 1 and type(tree[0]) is dict:
-            return _tensors(tree[0])
-        if _TENSORS.issuperset(map(type, tree)):
-            return list(tree)
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

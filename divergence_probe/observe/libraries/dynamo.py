@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -26,7 +26,11 @@ from divergence_probe.observe.session import Session
 
 LIBRARY = "torch._dynamo.eval_frame"
 
-_PACKAGE = Path(divergence_probe.__file__).parent
+
+@cache
+def _own_files() -> frozenset[str]:
+    package = Path(divergence_probe.__file__).parent
+    return frozenset(path.as_posix() for path in package.rglob("*.py"))
 
 
 def install(patches: Patches, session: Session) -> None:
@@ -35,7 +39,7 @@ def install(patches: Patches, session: Session) -> None:
 
     files = getattr(trace_rules, "FORCE_SKIP_FILES", None)
     if isinstance(files, set):
-        ours = {path.as_posix() for path in _PACKAGE.rglob("*.py")} - files
+        ours = _own_files() - files
         files.update(ours)
         patches.add_undo(lambda: files.difference_update(ours))
     skip_code = getattr(eval_frame, "skip_code", None)
