@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
 
+from divergence_probe.observe import mode_stack
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
@@ -82,10 +82,10 @@ class Follower(TorchFunctionMode):
             self._learning = [] if pending.may_become_a_script and not goes_on else None
         else:
             self._recital = Recital(script, pending.inputs)
-        if not self._pushed and all(map(_stays, _get_current_function_mode_stack())):  # type: ignore[no-untyped-call]
-            # Over a mode of the user's ours could be popped in its place: then identity decides.
-            self._push()
-        pending.followed = pending.followed or self._pushed
+        if (handed := self._guard.state.handed) is not None:
+            handed.append(self._look_on)
+        else:
+            self._look_on()
 
     def _tag_all(self, pending: Pending) -> None:
         """Tag the parameters and the gradients, the ends that an update ties together."""
@@ -101,8 +101,14 @@ class Follower(TorchFunctionMode):
             if gradient is not None:
                 self._tag(gradient, frozenset(), frozenset((index,)))
 
+    def _look_on(self) -> None:
+        if self._pending is not None:
+            if not self._pushed:
+                self._push()
+            self._pending.followed = True
+
     def _push(self) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
+        mode_stack.put_on(self)
         self._pushed, self._guard.state.on_stack = True, self
 
     def pause(self) -> None:
@@ -116,7 +122,7 @@ class Follower(TorchFunctionMode):
         self._paused = False
 
     def stop(self) -> None:
-        """Forget what was followed, and leave the mode stack if we are on top of it."""
+        """Forget what was followed, and leave the mode stack."""
         if self._recital is not None and self._recital.heard and self._pending is not None:
             with self._guard.work():
                 self._catch_up(self._pending, self._recital)
@@ -124,17 +130,13 @@ class Follower(TorchFunctionMode):
         self._leave()
 
     def _leave(self) -> bool:
-        """Leave the mode stack if we are on top of it; whether we were."""
+        """Leave the mode stack; whether that could be done."""
         if not self._pushed or self._handling:
             # (While it handles a call torch has taken it off the stack, and will put it back.)
             return False
-        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        on_top = bool(stack) and stack[-1] is self
-        if on_top:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if on_top or self not in stack:
-            self._pushed, self._guard.state.on_stack = False, None
-        return on_top
+        mode_stack.take_off(self)
+        self._pushed, self._guard.state.on_stack = False, None
+        return True
 
     def _forget(self) -> None:
         """Look at nothing more; the mode, if it is on, only passes through."""
@@ -495,11 +497,6 @@ class Follower(TorchFunctionMode):
         if known is not None and known[0]() is tensor:
             parameters, gradients = parameters | known[1], gradients | known[2]
         self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
-
-
-def _stays(mode: TorchFunctionMode) -> bool:
-    """Whether a mode never pops another one: a default device, or one of our interventions."""
-    return isinstance(mode, DeviceContext) or hasattr(mode, "of_the_probe")
 
 
 def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from divergence_probe.observe import mode_stack
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.guard import Guard, ThreadState
@@ -212,13 +213,23 @@ class _Autograd(GradientCalls):
         """``Tensor.backward``: the place to leave the mode stack before torch dispatches to it."""
 
         def backward(*args: Any, **kwargs: Any) -> Any:
-            if not (torch.compiler.is_compiling() or self._passes()) and (
-                self._guard.state.on_stack or self._forensics.watches
-            ):
+            if torch.compiler.is_compiling() or self._passes():
+                return original(*args, **kwargs)
+            state = self._guard.state
+            if state.on_stack or self._forensics.watches:
                 with self._guard.work():
                     self._loops.stop_following()
                     self._forensics.leave()
-            return original(*args, **kwargs)
+            if not mode_stack.height() or state.handed is not None:
+                return original(*args, **kwargs)
+            state.handed = []
+            try:
+                return original(*args, **kwargs)
+            finally:
+                handed, state.handed = state.handed, None
+                with self._guard.work():
+                    for do in handed:
+                        do()
 
         return backward
 

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -56,12 +57,14 @@ class ThreadState:
         differentiable: whether the user's code has gradients enabled, while our own work is done.
         on_stack: our function mode where it is on the thread's stack, else None.
         paused: the same while a call that is observed as a whole runs without it.
+        handed: while torch hands a call to a mode, which is off the stack until it is over, what is
+            to be done then: a mode of ours put on before would end up beneath it. Else None.
     """
 
     __slots__ = (
         "_clear", "_guard", "_started", "_torch_function", "away",
-        "differentiable", "gradient", "inside", "on_stack", "outside", "own", "paused", "step",
-        "transform",
+        "differentiable", "gradient", "handed", "inside", "on_stack", "outside", "own", "paused",
+        "step", "transform",
     )  # fmt: skip
 
     def __init__(self, guard: Guard) -> None:
@@ -79,6 +82,7 @@ class ThreadState:
         self.differentiable = True
         self.on_stack: OnStack | None = None
         self.paused: OnStack | None = None
+        self.handed: list[Callable[[], None]] | None = None
 
     def is_in_gradient(self) -> bool:
         """Whether a gradient call or a step is under way.

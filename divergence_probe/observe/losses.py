@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from divergence_probe.observe import mode_stack
 from divergence_probe.observe.capture import MOST_CALLS, LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
@@ -43,14 +44,14 @@ def install(patches: Patches, session: Session) -> None:
 
 def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     guard, inside, is_compiling = session.guard, session.guard.inside(), torch.compiler.is_compiling
-    threads = guard.threads
+    threads, modes_on = guard.threads, mode_stack.height
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         if is_compiling() or is_tracing() or not guard.active or (state := threads.state).away:
             return original(*args, **kwargs)
-        if state.on_stack is None and are_plain(args) and are_plain(kwargs.values()):
+        if not modes_on() and are_plain(args) and are_plain(kwargs.values()):
             result = original(*args, **kwargs)
-        else:
+        else:  # a mode or a class of tensors is handed the call, and calls us again
             with inside:
                 result = original(*args, **kwargs)
         if type(result) is Tensor and in_plain_torch() and result.is_cpu:

@@ -37,9 +37,12 @@ class Net(nn.Module):
         return self.second(self.drop(torch.tanh(self.norm(self.first(x)))))
 
 
-def batch():
+def batch(net):
+    """Drawn on the CPU, where a loader would draw it; the device's generator serves dropout."""
     order = torch.randperm(8)
-    return torch.randn(8, 4)[order], torch.randint(0, 3, (8,))
+    x, y = torch.randn(8, 4)[order], torch.randint(0, 3, (8,))
+    device = next(net.parameters()).device
+    return x.to(device), y.to(device)
 
 
 def with_higher(net):
@@ -48,7 +51,7 @@ def with_higher(net):
     outer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
     for _ in range(TASKS):
-        x, y = batch()
+        x, y = batch(net)
         outer.zero_grad()
         with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
             for _ in range(STEPS):
@@ -64,7 +67,7 @@ def by_hand(net):
     outer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
     for _ in range(TASKS):
-        x, y = batch()
+        x, y = batch(net)
         outer.zero_grad()
         fast = dict(net.named_parameters())
         for _ in range(STEPS):
@@ -95,7 +98,7 @@ def vmapped(net):
             seen.append(value)
         return torch.stack(seen), weights
 
-    x, y = (torch.stack(parts) for parts in zip(*(batch() for _ in range(TASKS)), strict=True))
+    x, y = (torch.stack(parts) for parts in zip(*(batch(net) for _ in range(TASKS)), strict=True))
     losses, weights = torch.func.vmap(adapt, randomness="different")(x, y)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -107,7 +110,7 @@ def with_torch_optim(net):
     outer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
     for _ in range(TASKS):
-        x, y = batch()
+        x, y = batch(net)
         learner = copy.deepcopy(net)
         inner = torch.optim.SGD(learner.parameters(), lr=RATE)
         for _ in range(STEPS):
@@ -126,12 +129,18 @@ def with_torch_optim(net):
 
 
 LOOPS = [with_higher, by_hand, vmapped, with_torch_optim]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def run(loop, **options):
+def random_state():
+    """What every generator would draw next."""
+    return torch.cat([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])
+
+
+def run(loop, device="cpu", **options):
     """Losses, weights, buffers and what random draws would follow, with or without the probe."""
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(device)
     if options.pop("watched", True):
         with divergence_probe.attach(**options) as probe:
             losses = loop(net)
@@ -139,13 +148,14 @@ def run(loop, **options):
     else:
         losses, probe = loop(net), None
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    return [loss.detach() for loss in losses], state, torch.get_rng_state(), probe
+    return [loss.detach() for loss in losses], state, random_state(), probe
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_every_number_and_random_draw_is_the_same(loop):
-    losses, state, rng, _ = run(loop, watched=False)
-    watched_losses, watched_state, watched_rng, probe = run(loop)
+def test_every_number_and_random_draw_is_the_same(loop, device):
+    losses, state, rng, _ = run(loop, device, watched=False)
+    watched_losses, watched_state, watched_rng, probe = run(loop, device)
 
     assert probe.diagnosis.summary.inner_steps == TASKS * STEPS
     assert torch.equal(rng, watched_rng)
@@ -174,7 +184,7 @@ def test_a_fault_of_ours_switches_the_probe_off(loop, method, monkeypatch):
     ours = [w for w in caught if "switched itself off" in str(w.message)]
     assert len(ours) == 1 and issubclass(ours[0].category, RuntimeWarning)
     assert "ZeroDivisionError: of ours" in str(ours[0].message)
-    assert all(map(torch.equal, losses, watched)) and torch.equal(rng, torch.get_rng_state())
+    assert all(map(torch.equal, losses, watched)) and torch.equal(rng, random_state())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert probe.failure is not None
     diagnosis = probe.diagnosis

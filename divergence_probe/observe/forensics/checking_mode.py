@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from divergence_probe.observe import mode_stack
 from divergence_probe.observe.forensics.graph import Range, finite
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ _SPELLINGS = {
     "mm": "matmul", "bmm": "matmul", "rmatmul": "matmul", "matrix_norm": "norm", "to": "cast",
     "half": "cast", "bfloat16": "cast", "float": "cast", "conv2d": "conv", "conv1d": "conv",
 }  # fmt: skip
-
-
-def _stack() -> list[Any]:
-    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def spelled(name: str) -> str:
@@ -64,7 +61,7 @@ class Note:
 
 
 class CheckingMode(TorchFunctionMode):
-    """At the bottom of the mode stack from one gradient call to the next, while armed."""
+    """On the mode stack from one gradient call to the next, while armed."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -73,21 +70,12 @@ class CheckingMode(TorchFunctionMode):
         self.notes: list[Note] = []
 
     def go_on(self) -> None:
-        """Go on, under every mode that is on already: they come off in their own order."""
-        if self not in (stack := _stack()):
-            for _ in stack:
-                torch._C._pop_torch_function_stack()
-            for mode in (self, *stack):
-                torch._C._push_on_torch_function_stack(mode)
+        """Go on the mode stack."""
+        mode_stack.put_on(self)
 
     def take_off(self) -> list[Note]:
-        """Come off, wherever on the stack; returns what was seen."""
-        if self in (stack := _stack()):
-            for _ in stack:
-                torch._C._pop_torch_function_stack()
-            for mode in stack:
-                if mode is not self:
-                    torch._C._push_on_torch_function_stack(mode)
+        """Come off; returns what was seen."""
+        mode_stack.take_off(self)
         notes, self.notes, self._names = self.notes, [], {}
         return notes
 
