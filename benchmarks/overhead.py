@@ -1,9 +1,10 @@
 """What watching costs: paired runs, bare and watched in turn, in one process.
 
 ``python benchmarks/overhead.py`` prints the table; ``--write docs/overhead.md`` writes it;
-``--pairs N`` sets how many pairs (default 25). Each figure is the median of the paired ratios, with
-the quartiles; the recording is complete and goes to a temporary folder. The floors are what the
-least a watcher could do costs in the same loops: nothing of ours runs in them.
+``--pairs N`` sets how many pairs (default 25), ``--device cuda`` runs the loops on a GPU (by the
+clock, not the processor's time, and without the floors). Each figure is the median of the paired
+ratios, with the quartiles; the recording is complete and goes to a temporary folder. The floors are
+what the least a watcher could do costs in the same loops: nothing of ours runs in them.
 """
 
 from __future__ import annotations
@@ -136,10 +137,11 @@ def measure(
     tasks: int,
     pairs: int,
     watch: Watch = divergence_probe.attach,
+    device: str = "cpu",
 ) -> list[float]:
     """Ratios watched / bare of ``pairs`` runs, the two of a pair one after the other."""
     torch.manual_seed(0)
-    net, x, y = make()
+    net, x, y = (part.to(device) for part in make())
     ratios = []
     for pair in range(pairs + 2):
         first, second = (False, True) if pair % 2 else (True, False)
@@ -164,10 +166,18 @@ def _time(
     with context as watched:
         loop(net, x, y, 6)  # what is paid once, and learning a loop, is not the cost of a step
         _settle(watched)
-        started = time.process_time()
+        started = _clock(x)
         loop(net, x, y, tasks)
         _settle(watched)
-        return time.process_time() - started
+        return _clock(x) - started
+
+
+def _clock(x: Tensor) -> float:
+    """Seconds of this process, which others disturb less; of a GPU, of the clock, at rest."""
+    if not x.is_cuda:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _settle(watched: object) -> None:
@@ -181,36 +191,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--only", default="")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    on_cpu = arguments.device == "cpu"
     lines = [
         "| loop | watched / bare, median | quartiles | aim |",
         "| --- | ---: | ---: | ---: |",
     ]
     cases = {case[0]: case for case in CASES}
-    rows = [
-        *((case[0], case, f"{case[4]:.2f}", divergence_probe.attach) for case in CASES),
-        *((f"floor, {name}: {what}", cases[name], "", watch) for name, what, watch in FLOORS),
-    ]
+    rows = [(case[0], case, f"{case[4]:.2f}", divergence_probe.attach) for case in CASES]
+    if on_cpu:
+        rows += [(f"floor, {name}: {what}", cases[name], "", w) for name, what, w in FLOORS]
     for name, (_, loop, make, tasks, _), goal, watch in rows:
         if arguments.only not in name:
             continue
-        ratios = measure(loop, make, tasks, arguments.pairs, watch)
+        ratios = measure(loop, make, tasks, arguments.pairs, watch, arguments.device)
         low, middle, high = statistics.quantiles(ratios, n=4)
         lines.append(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {goal} |")
         print(lines[-1], flush=True)
     if arguments.write:
-        arguments.write.write_text(_page(lines, arguments.pairs), encoding="utf-8")
+        page = _page(lines, arguments)
+        arguments.write.write_text(page, encoding="utf-8")
 
 
-def _page(lines: list[str], pairs: int) -> str:
+def _page(lines: list[str], arguments: argparse.Namespace) -> str:
+    on_cpu = arguments.device == "cpu"
+    title, options = ("Overhead", "") if on_cpu else ("Overhead on a GPU", "--device cuda ")
+    machine = platform.machine() if on_cpu else torch.cuda.get_device_name()
     return (
-        "# Overhead\n\nMade by `python benchmarks/overhead.py --write docs/overhead.md`: "
-        f"{pairs} pairs of runs, bare and watched in turn, in one process and one thread, full "
-        "recording; what is measured, written and judged at the end of a run is counted in. "
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}."
-        "\n\n" + "\n".join(lines) + "\n\n" + _WHERE_IT_GOES
+        f"# {title}\n\nMade by `python benchmarks/overhead.py {options}--write "
+        f"docs/{arguments.write.name}`: {arguments.pairs} pairs of runs, bare and watched in turn, "
+        "in one process and one thread, full recording; what is measured, written and judged at "
+        f"the end of a run is counted in. torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {machine}.\n\n"
+        + "\n".join(lines)
+        + ("\n\n" + _WHERE_IT_GOES if on_cpu else "\n")
     )
 
 
