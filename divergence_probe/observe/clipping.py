@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 
@@ -47,13 +48,13 @@ def _clip(
 
 
 def _largest(parameters: list[Tensor]) -> float | None:
-    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.device.type == "cpu"]
+    gradients = [p.grad for p in parameters if p.grad is not None and waits_for_nothing(p.grad)]
     return max((float(g.abs().max()) for g in gradients if g.numel()), default=None)
 
 
 def _by_norm(result: Any, largest: float | None, bound: float) -> bool:
     """Whether the total norm was above the bound; unknown on a device that would have to wait."""
-    if not isinstance(result, Tensor) or result.device.type != "cpu":
+    if not isinstance(result, Tensor) or not waits_for_nothing(result):
         return False
     return float(result) > bound
 

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from divergence_probe.observe.at_hand import are_same
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import address_of, waits_for_nothing
+from divergence_probe.observe.tensors import address_of
 
 # Modules whose states are kept in mind.
 _STATES = 8
@@ -129,7 +129,7 @@ def _is_loaded(own: Tensor, other: Tensor, value: Any) -> bool:
         return False
     if address_of(value) and address_of(value) == address_of(other):
         return True
-    return waits_for_nothing(own) and waits_for_nothing(other) and torch.equal(own, other)
+    return are_same(own, other)
 
 
 def _state(session: Session, states: _States, original: Callable[..., Any]) -> Callable[..., Any]:

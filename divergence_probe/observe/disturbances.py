@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import is_at_hand
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import is_at_hand
 
 # There and back again is two roundings of half a unit each, of either number.
 _ROUNDINGS = 2

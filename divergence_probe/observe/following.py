@@ -17,20 +17,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from divergence_probe.observe import mode_stack
+from divergence_probe.observe.at_hand import are_same, waits_for_nothing
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
-from divergence_probe.observe.tensors import (
-    are_plain,
-    batched,
-    is_unreal,
-    plain,
-    tensors_in,
-    waits_for_nothing,
-)
+from divergence_probe.observe.tensors import are_plain, batched, is_unreal, plain, tensors_in
 from divergence_probe.record.schema import FLAGS
 
 _NOTHING: frozenset[int] = frozenset()
@@ -255,7 +249,10 @@ class Follower(TorchFunctionMode):
         if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
             return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
-            active = operation.in_place or not torch.equal(plain(result), plain(args[0]))
+            passed = plain(args[0])
+            active = operation.in_place or (
+                waits_for_nothing(passed) and not torch.equal(plain(result), passed)
+            )
             pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
         if gradients and operation.escapes:
             pending.escaped = True
@@ -506,12 +503,7 @@ def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> boo
     """
     start = pending.began_at(index)
     return start is not None and any(
-        are_plain((other,))
-        and other.shape == start.shape
-        and waits_for_nothing(other)
-        and waits_for_nothing(start)
-        and torch.equal(other, start)
-        for other in operands
+        are_plain((other,)) and are_same(other, start) for other in operands
     )
 
 

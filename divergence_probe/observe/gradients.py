@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe import mode_stack
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.guard import Guard, ThreadState
@@ -289,4 +290,4 @@ def first_tensor(outputs: Any) -> Tensor | None:
 
 def _is_nonzero(gradient: Tensor) -> bool:
     """Whether a gradient that is there already adds anything; not asked of a device to wait for."""
-    return gradient.device.type != "cpu" or gradient.is_sparse or bool(gradient.any())
+    return not waits_for_nothing(gradient) or gradient.is_sparse or bool(gradient.any())

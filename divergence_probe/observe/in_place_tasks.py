@@ -8,9 +8,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from divergence_probe.observe.at_hand import no_difference, was_left_alone
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -21,7 +21,7 @@ from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import are_equal, gathered, is_empty, spread
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import identities, was_left_alone
+from divergence_probe.observe.tensors import identities
 
 Columns = Sequence[Sequence[Tensor | None]]
 
@@ -194,7 +194,7 @@ class InPlaceTasks:
         if step.disturbed is not None and step.disturbed.first is not None:
             # Where they were before that: to put them back is not exact.
             found = gathered(step.disturbed.first.before, step.positions)
-            return all(map(_same, found, gathered(task.last.after, step.positions)))
+            return no_difference(found, gathered(task.last.after, step.positions))
         if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
         return all(
@@ -240,11 +240,6 @@ class InPlaceTasks:
         """The run is over."""
         for task in self._open():
             self._finish(task)  # one copy that was trained, and no other, was fine-tuned
-
-
-def _same(value: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two values are equal (None is no other)."""
-    return value is None or other is None or torch.equal(value, other)
 
 
 def _carried(pending: Pending | None, parameters: list[Tensor]) -> list[Tensor]:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import are_same, is_at_hand, waits_for_nothing
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import is_at_hand, plain, waits_for_nothing
+from divergence_probe.observe.tensors import plain
 
 
 @dataclass(slots=True)
@@ -116,12 +116,8 @@ def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
     if not all(waits_for_nothing(parameter) for parameter, _ in found):
         return any(p._version != task.versions.get(place) for p, place in found)
     started, ended = task.first.before, task.adapted
-    back = all(_same(p, started[place]) for p, place in found)
-    return back and not all(_same(p, ended[place]) for p, place in found)
-
-
-def _same(tensor: Tensor, value: Tensor | None) -> bool:
-    return value is not None and tensor.shape == value.shape and torch.equal(tensor, value)
+    back = all(are_same(p, started[place]) for p, place in found)
+    return back and not all(are_same(p, ended[place]) for p, place in found)
 
 
 def _first(tensor: Tensor) -> float:

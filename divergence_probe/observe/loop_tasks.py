@@ -15,6 +15,7 @@ from weakref import ref
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
+from divergence_probe.observe.at_hand import was_left_alone
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import goes_up, is_undone
 from divergence_probe.observe.in_turn import InTurn
@@ -28,14 +29,7 @@ from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, gathered, is_empty, is_whole, spread
 from divergence_probe.observe.standstill import settle_standstill
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import (
-    address_of,
-    are,
-    identities,
-    physical,
-    references,
-    was_left_alone,
-)
+from divergence_probe.observe.tensors import address_of, are, identities, physical, references
 from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:

@@ -37,13 +37,7 @@ from divergence_probe.observe.snapshot import (
     snapshot,
 )
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import (
-    any_carries_graph,
-    base_of,
-    batched,
-    leaves,
-    physical,
-)
+from divergence_probe.observe.tensors import any_carries_graph, base_of, batched, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
 

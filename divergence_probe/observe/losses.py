@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from divergence_probe.observe import mode_stack
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.capture import MOST_CALLS, LossCall, Number, next_order
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
@@ -47,14 +48,14 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     threads, modes_on = guard.threads, mode_stack.height
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or is_tracing() or not guard.active or (state := threads.state).away:
+        if is_compiling() or is_tracing() or not guard.active or threads.state.away:
             return original(*args, **kwargs)
         if not modes_on() and are_plain(args) and are_plain(kwargs.values()):
             result = original(*args, **kwargs)
         else:  # a mode or a class of tensors is handed the call, and calls us again
             with inside:
                 result = original(*args, **kwargs)
-        if type(result) is Tensor and in_plain_torch() and result.is_cpu:
+        if type(result) is Tensor and in_plain_torch() and waits_for_nothing(result):
             if result.numel() == 1:
                 _keep(session, result, result.item())
         elif isinstance(result, Tensor) and not is_unreal():

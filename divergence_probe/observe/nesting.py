@@ -11,9 +11,9 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import all_same
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import is_fresh
@@ -38,7 +38,7 @@ class _Start:
         Weights of zeros (or ones) next to others that live on are no copy of them: that is how any
         parameter begins.
         """
-        if not _equal(earlier.values, self.values):
+        if not all_same(earlier.values, self.values):
             return False
         others = [tensor for r in earlier.tensors if (tensor := r()) is not None]
         own = {id(r()) for r in self.tensors}
@@ -127,11 +127,3 @@ class Nesting:
         for task in self.tasks:
             if task.base is not None:
                 self._session.confirm(task)
-
-
-def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether two sets of weights are the same, looked at only where that needs no device sync."""
-    return len(left) == len(right) and all(
-        a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
-        for a, b in zip(left, right, strict=True)
-    )

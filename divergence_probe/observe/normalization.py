@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.capture import (
     DropoutCall,
     Forwards,
@@ -26,14 +27,7 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import (
-    are_plain,
-    in_plain_torch,
-    is_tracing,
-    is_unreal,
-    plain,
-    waits_for_nothing,
-)
+from divergence_probe.observe.tensors import are_plain, in_plain_torch, is_tracing, is_unreal, plain
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3

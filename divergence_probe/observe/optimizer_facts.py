@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.snapshot import Values
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Carried:
         steps, state = 0.0, False
         for value in values:
             if isinstance(value, Tensor) and value.numel() > 1:
-                state = state or not value.is_cpu or bool(value.any())
-            elif isinstance(value, Tensor) and not value.is_cpu:
+                state = state or not waits_for_nothing(value) or bool(value.any())
+            elif isinstance(value, Tensor) and not waits_for_nothing(value):
                 continue
             elif isinstance(value, int | float | Tensor) and not isinstance(value, bool):
                 steps = max(steps, float(value))

@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from divergence_probe.observe.at_hand import are_same
 from divergence_probe.observe.in_place_tasks import Columns, InPlaceTasks
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -31,7 +32,7 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import is_empty, pair, snapshot, spread
 from divergence_probe.observe.step_targets import Targets
-from divergence_probe.observe.tensors import identities, waits_for_nothing
+from divergence_probe.observe.tensors import identities
 
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
@@ -296,7 +297,7 @@ def _was_handed(pending: Pending) -> bool:
         own = parameter.grad if parameter is not None and parameter.is_leaf else None
         if gradient is None or own is None or pending.function != "grad":
             return False
-        if not waits_for_nothing(own) or not torch.equal(own, gradient):
+        if not are_same(own, gradient):
             return False
         handed = True
     return handed

@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import is_at_hand, waits_for_nothing
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.snapshot import Values, gathered
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import (
-    address_of,
-    base_of,
-    identities,
-    is_at_hand,
-    physical,
-    waits_for_nothing,
-)
+from divergence_probe.observe.tensors import address_of, base_of, identities, physical
 
 # What lies between a loss and the fast weights is one forward; a larger graph is not searched.
 _MOST_NODES = 4096

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import is_number_at_hand
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.recital import Heard, Recital, Script
 from divergence_probe.observe.snapshot import shapes_of
-from divergence_probe.observe.tensors import is_number_at_hand, physical
+from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
     from divergence_probe.observe.in_turn import Point

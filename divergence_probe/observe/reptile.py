@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import is_at_hand
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.nesting import STEPS_A_RUN
 from divergence_probe.observe.session import Session
@@ -31,7 +32,7 @@ from divergence_probe.observe.snapshot import (
     spread,
 )
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import are_plain, is_at_hand
+from divergence_probe.observe.tensors import are_plain
 from divergence_probe.record.schema import FLAGS
 
 # A sum, two products and a difference are each rounded to half a unit of the larger number.

@@ -12,19 +12,13 @@ from operator import call
 
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import waits_for_nothing, was_left_alone
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.snapshot import Values, gathered
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import (
-    address_of,
-    changes_of,
-    is_fresh,
-    physical,
-    waits_for_nothing,
-    was_left_alone,
-)
+from divergence_probe.observe.tensors import address_of, changes_of, is_fresh, physical
 from divergence_probe.record.schema import FLAGS
 
 

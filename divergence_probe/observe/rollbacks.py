@@ -12,12 +12,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from divergence_probe.observe.at_hand import are_same
 from divergence_probe.observe.snapshot import Values, are_equal, elements_of
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import changes_of, waits_for_nothing
+from divergence_probe.observe.tensors import changes_of
 
 # States that are kept in mind, and how large they may be.
 _MOST, _LARGEST = 4, 2**24
@@ -61,15 +59,10 @@ class Rollbacks:
 
 
 def _are_same(values: Values, others: Values) -> bool:
-    """Whether two sets of weights are equal, looked at only where that waits for nothing."""
+    """Whether two sets of weights are equal, and of the same parameters."""
     if len(values) != len(others):
         return False
     return are_equal(values, others) or all(
-        _is_same(value, other) for value, other in zip(values, others, strict=True)
+        are_same(value, other) or (value is None and other is None)
+        for value, other in zip(values, others, strict=True)
     )
-
-
-def _is_same(value: Tensor | None, other: Tensor | None) -> bool:
-    if value is None or other is None:
-        return value is other
-    return waits_for_nothing(value) and waits_for_nothing(other) and torch.equal(value, other)

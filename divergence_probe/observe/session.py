@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from divergence_probe.observe.at_hand import no_difference, waits_for_nothing
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import (
     NO_FORWARDS,
@@ -381,9 +382,9 @@ class Session:
                 ending(task)
             first, end = task.first, task.adapted
             if task.ended and first is not None and end is not None:
-                adapted = not _same(first.before, end)
+                adapted = not no_difference(first.before, end)
                 current = [r() if r is not None else None for r in task.fast]
-                if adapted and _same(current, end):
+                if adapted and no_difference(current, end):
                     self.event("restore-without-effect", None, site)
 
     def current_forwards(self) -> Forwards:
@@ -581,15 +582,6 @@ class Session:
         self.flush()
 
 
-def _same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
-    """Whether two sets of weights are equal; looked at only where no device is waited for."""
-    return all(
-        a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b)
-        for a, b in zip(left, right, strict=True)
-        if a is not None and b is not None
-    )
-
-
 def _bytes_of(layout: Layout) -> int:
     """What one set of a layout's parameters takes."""
     return sum(
@@ -602,7 +594,7 @@ def _alarming(loss: Number) -> bool:
     if loss is None:
         return False
     if isinstance(loss, Tensor):
-        if not loss.is_cpu or loss.numel() != 1:
+        if not waits_for_nothing(loss) or loss.numel() != 1:
             return False
         loss = loss.item()
     return not math.isfinite(loss)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.arena import empty
+from divergence_probe.observe.at_hand import are_same
 
 #: A set of more elements is measured parameter by parameter.
 MOST_TOGETHER = 2**13
@@ -213,9 +214,7 @@ def are_equal(values: Values, others: Values) -> bool:
     """Whether two sets copied together on the CPU are the same; False where that takes looking."""
     if not isinstance(values, Snapshot) or not isinstance(others, Snapshot):
         return False
-    if values.shapes != others.shapes or not values.store.is_cpu or not others.store.is_cpu:
-        return False
-    return torch.equal(values.vector, others.vector)
+    return values.shapes == others.shapes and are_same(values.vector, others.vector)
 
 
 def are_whole(values: Values) -> TypeGuard[Sequence[Tensor]]:

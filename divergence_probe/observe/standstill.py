@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.operations import Operation
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import shapes_of
-from divergence_probe.observe.tensors import batched, plain, waits_for_nothing
+from divergence_probe.observe.tensors import batched, plain
 from divergence_probe.record.schema import FLAGS
 
 _STILL = FLAGS["rounded"] | FLAGS["zero"]

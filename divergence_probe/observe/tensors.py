@@ -116,27 +116,6 @@ def batched(tensor: Tensor, width: int) -> Tensor:
     return value.unsqueeze(0).expand(width, *value.shape)
 
 
-def was_left_alone(
-    now: Tensor, version: int, left: Tensor | None, left_version: int | None
-) -> bool:
-    """Whether an in-place parameter still is what its last update left.
-
-    By value on the CPU. Elsewhere that would wait for the device: there torch's own count of
-    in-place changes tells, which a write through ``.data`` leaves alone.
-
-    Args:
-        now: its value before the next update.
-        version: its count of in-place changes at that time.
-        left: its value after the last update, None unknown.
-        left_version: its count at that time, None unknown.
-    """
-    if left is None:
-        return True
-    if not waits_for_nothing(left):
-        return left_version is None or version == left_version
-    return torch.equal(left, now) or bool(left.isnan().any())
-
-
 def address_of(tensor: Tensor) -> int:
     """Where its plain values begin in memory; 0 where it has none of its own."""
     try:
@@ -151,22 +130,6 @@ def changes_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
-
-
-def waits_for_nothing(tensor: Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device."""
-    return tensor.is_cpu
-
-
-def is_at_hand(tensor: Tensor) -> bool:
-    """Whether it holds dense real numbers that can be looked at without waiting for a device."""
-    strided = tensor.layout is torch.strided and tensor.is_floating_point()
-    return strided and waits_for_nothing(tensor)
-
-
-def is_number_at_hand(tensor: Tensor) -> bool:
-    """Whether a plain tensor is a single real number that can be read without waiting for it."""
-    return waits_for_nothing(tensor) and tensor.numel() == 1 and tensor.is_floating_point()
 
 
 def carries_graph(tensor: Tensor) -> bool:

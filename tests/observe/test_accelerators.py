@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import divergence_probe
-from divergence_probe.observe import tensors
+from divergence_probe.observe import at_hand
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TASKS, STEPS = 4, 3
@@ -18,7 +18,8 @@ TASKS, STEPS = 4, 3
 
 @pytest.fixture(autouse=True)
 def _values_may_not_be_looked_at(monkeypatch):
-    monkeypatch.setattr(tensors, "waits_for_nothing", lambda tensor: False)
+    """Everywhere: who looks at values asks this function, by whatever name it was imported."""
+    monkeypatch.setattr(at_hand.waits_for_nothing, "__code__", (lambda tensor: False).__code__)
 
 
 @pytest.fixture(params=DEVICES)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.forensics import backward, forward
 from divergence_probe.observe.forensics.checking_mode import Note, sequence_number
 from divergence_probe.observe.forensics.fault import Fault, locate
@@ -111,7 +112,7 @@ class Investigator:
         """
         if self._case.armed or self._reporter.waiting or self._risky.get(site):
             return False
-        if loss is None or not loss.is_cpu or loss.numel() != 1:
+        if loss is None or not waits_for_nothing(loss) or loss.numel() != 1:
             return True
         return loss.is_floating_point() and math.isfinite(loss.item())
 
@@ -208,10 +209,10 @@ class Investigator:
 
     def _value(self, loss: Tensor) -> float | None:
         """The loss, where looking costs no wait for a device (or one is worth it: armed)."""
-        if loss.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
+        if waits_for_nothing(loss) and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
             return float(loss.item())
         value = physical(loss)[0].detach()
-        if value.device.type != "cpu" and not self._case.armed:
+        if not waits_for_nothing(value) and not self._case.armed:
             return None
         return float(value if value.numel() == 1 else value.sum())
 
@@ -314,7 +315,7 @@ class Investigator:
         """After the call the graph's numbers are freed, but not its shape: name a suspect."""
         gradients = [tensor.grad for tensor in inputs] if gradients is None else gradients
         made = [g for g in gradients if g is not None]
-        if self._reporter.known or any(g.device.type != "cpu" or g.dtype in _HALF for g in made):
+        if self._reporter.known or any(not waits_for_nothing(g) or g.dtype in _HALF for g in made):
             return
         bad = [i for i, g in enumerate(gradients) if g is not None and not finite(g)]
         if not bad or any(not finite(tensor) for tensor in inputs):

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from divergence_probe.observe.at_hand import is_number_at_hand
 from divergence_probe.observe.capture import NO_FORWARDS, Forwards
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
@@ -27,7 +28,7 @@ from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, pair, snapshot
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import any_carries_graph, are, is_number_at_hand
+from divergence_probe.observe.tensors import any_carries_graph, are
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "higher"

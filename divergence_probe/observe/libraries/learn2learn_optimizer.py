@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from divergence_probe.observe.at_hand import was_left_alone
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.optimizers import watching
@@ -29,7 +30,6 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import Values, snapshot
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import was_left_alone
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "learn2learn.optim.learnable_optimizer"
