@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.at_hand import are_same
+from divergence_probe.observe.at_hand import are_same, worth_a_wait
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
@@ -129,7 +129,7 @@ def _is_loaded(own: Tensor, other: Tensor, value: Any) -> bool:
         return False
     if address_of(value) and address_of(value) == address_of(other):
         return True
-    return are_same(own, other)
+    return are_same(own, other, worth_a_wait)
 
 
 def _state(session: Session, states: _States, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from divergence_probe.observe import mode_stack
-from divergence_probe.observe.at_hand import are_same, waits_for_nothing
+from divergence_probe.observe.at_hand import are_same, mark_of, waits_for_nothing
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
@@ -386,7 +386,7 @@ class Follower(TorchFunctionMode):
             pending.written[index] = batched(target, pending.width).detach().clone()
             parameter = pending.inputs[index]()
             if parameter is not None:
-                pending.versions[index] = parameter._version
+                pending.marks[index] = mark_of(parameter)
         elsewhere = index is None and gradients and self._elsewhere is not None
         if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
             self._tags.pop(id(target), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.at_hand import no_difference, was_left_alone
+from divergence_probe.observe.at_hand import mark_of, no_difference, was_left_alone
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -102,7 +102,7 @@ class InPlaceTasks:
         task.fast = [None] * len(step.known.layout.parameters)
         for parameter, position in zip(step.parameters, step.positions, strict=True):
             task.fast[position] = weakref.ref(parameter)
-            task.versions[position] = parameter._version
+            task.marks[position] = mark_of(parameter)
         self._thread.last = (pending, task)
 
     def _merge(self, step: Step, task: Task, columns: Columns) -> bool:
@@ -199,10 +199,8 @@ class InPlaceTasks:
             return True
         return all(
             value is None
-            or was_left_alone(value, version, task.last.after[place], task.versions.get(place))
-            for value, version, place in zip(
-                step.before, step.versions, step.positions, strict=True
-            )
+            or was_left_alone(value, mark, task.last.after[place], task.marks.get(place))
+            for value, mark, place in zip(step.before, step.marks, step.positions, strict=True)
         )
 
     def _copied_before(self, base: KnownModel | None) -> bool:

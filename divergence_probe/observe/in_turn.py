@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import are_same, is_at_hand, waits_for_nothing
+from divergence_probe.observe.at_hand import Mark, are_same, is_at_hand, mark_of, worth_a_wait
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.task import Task
@@ -26,12 +26,12 @@ class Point:
     """Where weights were when a gradient was taken, told by what costs nothing to keep.
 
     Attributes:
-        versions: their counts of in-place changes, by identity.
+        marks: theirs, by identity.
         sample: one weight and its first value, for ``.data`` is written to without being counted;
             None where reading it would wait for a device.
     """
 
-    versions: dict[int, int]
+    marks: dict[int, Mark]
     sample: tuple[weakref.ref[Tensor], float] | None
 
     @classmethod
@@ -41,7 +41,7 @@ class Point:
         sample = None
         if last is not None and last.numel() and is_at_hand(last):
             sample = weakref.ref(last), _first(last)
-        return cls({id(tensor): tensor._version for tensor in tensors}, sample)
+        return cls({id(tensor): mark_of(tensor) for tensor in tensors}, sample)
 
     def was_left(self, tensors: Sequence[Tensor]) -> bool:
         """Whether any of ``tensors`` has been written to since."""
@@ -49,7 +49,7 @@ class Point:
             sampled = self.sample[0]()
             if sampled is not None and _first(sampled) != self.sample[1]:
                 return True
-        return any(self.versions.get(id(t), t._version) != t._version for t in tensors)
+        return any(id(t) in self.marks and self.marks[id(t)] != mark_of(t) for t in tensors)
 
 
 class InTurn:
@@ -90,16 +90,15 @@ class InTurn:
         """
         if self.was_outer(optimizer, task.known):
             return True
-        if not _is_back(task, parameters):
-            return False
         if pending is None:
             elsewhere = any(parameter.grad is not None for parameter in parameters)
         else:
             elsewhere = pending.point is not None and pending.point.was_left(parameters)
-        if elsewhere:
-            self.note_outer(optimizer, task.known)
-            self.moved.add(task.known)
-        return elsewhere
+        if not elsewhere or not _is_back(task, parameters):
+            return False
+        self.note_outer(optimizer, task.known)
+        self.moved.add(task.known)
+        return True
 
 
 def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
@@ -113,11 +112,11 @@ def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:
     found = [(p, places[id(p)]) for p in parameters if id(p) in places]
     if not found:
         return False
-    if not all(waits_for_nothing(parameter) for parameter, _ in found):
-        return any(p._version != task.versions.get(place) for p, place in found)
+    if not all(worth_a_wait(parameter) for parameter, _ in found):
+        return any(mark_of(p) != task.marks.get(place) for p, place in found)
     started, ended = task.first.before, task.adapted
-    back = all(are_same(p, started[place]) for p, place in found)
-    return back and not all(are_same(p, ended[place]) for p, place in found)
+    back = all(are_same(p, started[place], worth_a_wait) for p, place in found)
+    return back and not all(are_same(p, ended[place], worth_a_wait) for p, place in found)
 
 
 def _first(tensor: Tensor) -> float:

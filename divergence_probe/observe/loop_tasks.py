@@ -15,7 +15,7 @@ from weakref import ref
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
-from divergence_probe.observe.at_hand import was_left_alone
+from divergence_probe.observe.at_hand import mark_of, was_left_alone
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import goes_up, is_undone
 from divergence_probe.observe.in_turn import InTurn
@@ -96,7 +96,7 @@ class LoopTasks:
             values, flags = [None] * len(values), flags | FLAGS["incomplete"]
         self.record(task, pending, values, flags, update.tensors)
         if update.in_place:
-            task.versions = {task.positions[i]: version for i, version in pending.versions.items()}
+            task.marks = {task.positions[i]: mark for i, mark in pending.marks.items()}
 
     def record(
         self, task: Task, pending: Pending, values: Values, flags: int, made: Values
@@ -170,8 +170,8 @@ class LoopTasks:
             if tensor is None or place is None or place >= len(task.positions):
                 continue
             position = task.positions[place]
-            left, version = task.last.after[position], task.versions.get(position)
-            if not was_left_alone(pending.before[i], tensor._version, left, version):
+            left, mark = task.last.after[position], task.marks.get(position)
+            if not was_left_alone(pending.before[i], mark_of(tensor), left, mark):
                 return False
         return True
 

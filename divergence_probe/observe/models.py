@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.at_hand import all_same, are_same, waits_for_nothing
+from divergence_probe.observe.at_hand import all_same, are_same, worth_a_wait
 from divergence_probe.observe.tensors import are, is_fresh
 from divergence_probe.record.schema import CONTAINERS, Layout, ParameterInfo
 
@@ -198,7 +198,7 @@ class Models:
         For fast weights that were cloned and detached, which identity cannot name. Compared on the
         CPU only: elsewhere it would wait for the device.
         """
-        if not all(map(waits_for_nothing, tensors)):
+        if not all(map(worth_a_wait, tensors)):
             return None
         if all(is_fresh(tensor) for tensor in tensors):
             return None  # zeros are equal to any other zeros
@@ -210,7 +210,9 @@ class Models:
                     (
                         i
                         for i, p in enumerate(own)
-                        if p is not None and i not in positions and are_same(p, tensor)
+                        if p is not None
+                        and i not in positions
+                        and are_same(p, tensor, worth_a_wait)
                     ),
                     None,
                 )
@@ -289,14 +291,14 @@ class Models:
         :meth:`note_moved`. What is made later (the clones of the next task) is none.
         """
         own = [tensor for r in known.parameters if (tensor := r()) is not None]
-        if all(map(self.begun, own)) or not all(map(waits_for_nothing, own)):
+        if all(map(self.begun, own)) or not all(map(worth_a_wait, own)):
             return
         alike = [t for model in list(self._by_model.values()) for t in _equals(model, own)]
         ids = set(map(id, own))
         for copied, origin in list(self._copies.values()):
             copy, source = copied(), origin()
             if copy is not None and source is not None and id(source) in ids:
-                alike += [copy] if are_same(copy, source) else []
+                alike += [copy] if are_same(copy, source, worth_a_wait) else []
         fresh = [tensor for tensor in (*own, *alike) if not self.begun(tensor)]
         for tensor in fresh:
             self.note_begun(tensor)
@@ -436,7 +438,7 @@ def _infos(module: nn.Module, values: Sequence[Tensor]) -> tuple[ParameterInfo, 
 def _equals(known: KnownModel, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The parameters of a model that has as many as ``tensors``, with the same values."""
     own = [tensor for r in known.parameters if (tensor := r()) is not None]
-    return own if all_same(own, tensors) else []
+    return own if all_same(own, tensors, worth_a_wait) else []
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import all_same
+from divergence_probe.observe.at_hand import all_same, worth_a_wait
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import is_fresh
@@ -38,7 +38,7 @@ class _Start:
         Weights of zeros (or ones) next to others that live on are no copy of them: that is how any
         parameter begins.
         """
-        if not all_same(earlier.values, self.values):
+        if not all_same(earlier.values, self.values, worth_a_wait):
             return False
         others = [tensor for r in earlier.tensors if (tensor := r()) is not None]
         own = {id(r()) for r in self.tensors}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import waits_for_nothing
+from divergence_probe.observe.at_hand import Mark, waits_for_nothing
 from divergence_probe.observe.snapshot import Values
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Step:
         facts: what it says of itself.
         parameters: what it moves of the model.
         before: their values.
-        versions: their counts of in-place changes.
+        marks: theirs.
         gradients: theirs, None where there is none.
         pending: the gradient call it acts on; None where its gradients were put there by hand.
         site: number of the user's line.
@@ -84,7 +84,7 @@ class Step:
     facts: OptimizerFacts
     parameters: list[Tensor]
     before: Values
-    versions: list[int]
+    marks: list[Mark]
     gradients: Values
     pending: Pending | None
     site: int

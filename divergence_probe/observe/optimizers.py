@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from divergence_probe.observe.at_hand import are_same
+from divergence_probe.observe.at_hand import are_same, mark_of
 from divergence_probe.observe.in_place_tasks import Columns, InPlaceTasks
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -187,7 +187,7 @@ class Optimizers:
             facts,
             parameters,
             before,
-            [p._version for p in parameters],
+            [mark_of(p) for p in parameters],
             gradients,
             pending,
             self._session.sites.here(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_number_at_hand
+from divergence_probe.observe.at_hand import Mark, is_number_at_hand, mark_of
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.recital import Heard, Recital, Script
@@ -121,7 +121,7 @@ class Pending:
         displaced: inputs that were put elsewhere before their update, or written to with a value
             that was made without them; whether that is known to be where their task began.
         moved_back: inputs that were, after that, computed with what they began from: no update.
-        versions: the parameters' own counts of in-place changes at that time.
+        marks: the parameters' own marks at that time.
         escaped: whether a gradient went where it cannot be followed: out of torch (``.numpy()``),
             or with its parameters into a compiled function.
         followed: whether the function mode was on for it.
@@ -164,7 +164,7 @@ class Pending:
     written: dict[int, Tensor] = field(default_factory=dict)
     displaced: dict[int, bool] = field(default_factory=dict)
     moved_back: set[int] = field(default_factory=set)
-    versions: dict[int, int] = field(default_factory=dict)
+    marks: dict[int, Mark] = field(default_factory=dict)
     escaped: bool = False
     met: bool = False
     followed: bool = False
@@ -284,8 +284,8 @@ class Pending:
     def stands(self) -> bool:
         """Whether nothing was written into the parameters since their update."""
         tensors = [reference() for reference in self.inputs]
-        return bool(self.versions) and all(
-            tensor is None or tensor._version == self.versions.get(index)
+        return bool(self.marks) and all(
+            tensor is None or mark_of(tensor) == self.marks.get(index)
             for index, tensor in enumerate(tensors)
         )
 

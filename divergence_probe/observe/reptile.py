@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand
+from divergence_probe.observe.at_hand import is_at_hand, worth_a_wait
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.nesting import STEPS_A_RUN
 from divergence_probe.observe.session import Session
@@ -209,8 +209,12 @@ class Reptile:
 def _are_at_hand(values: Sequence[Tensor]) -> bool:
     """Whether values can be computed with, and looked at without waiting for a device."""
     if isinstance(values, Snapshot):
-        return is_at_hand(values.store)
-    return bool(values) and are_plain(values) and all(map(is_at_hand, values))
+        return is_at_hand(values.store, worth_a_wait)
+    return (
+        bool(values)
+        and are_plain(values)
+        and all(is_at_hand(value, worth_a_wait) for value in values)
+    )
 
 
 def _flat(values: Sequence[Tensor]) -> list[Tensor]:

@@ -12,10 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from divergence_probe.observe.at_hand import are_same
+from divergence_probe.observe.at_hand import are_same, mark_of, worth_a_wait
 from divergence_probe.observe.snapshot import Values, are_equal, elements_of
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import changes_of
 
 # States that are kept in mind, and how large they may be.
 _MOST, _LARGEST = 4, 2**24
@@ -41,7 +40,7 @@ class Rollbacks:
             return
         for place, reference in enumerate(task.fast):
             tensor = reference() if reference is not None else None
-            if tensor is not None and changes_of(tensor) != task.versions.get(place):
+            if tensor is not None and mark_of(tensor) != task.marks.get(place):
                 return  # something else has moved it since
         self._states.append(_State(weakref.ref(optimizer), task.last.after))
 
@@ -63,6 +62,6 @@ def _are_same(values: Values, others: Values) -> bool:
     if len(values) != len(others):
         return False
     return are_equal(values, others) or all(
-        are_same(value, other) or (value is None and other is None)
+        are_same(value, other, worth_a_wait) or (value is None and other is None)
         for value, other in zip(values, others, strict=True)
     )

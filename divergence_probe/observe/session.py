@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from divergence_probe.observe.at_hand import no_difference, waits_for_nothing
+from divergence_probe.observe.at_hand import no_difference, waits_for_nothing, worth_a_wait
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import (
     NO_FORWARDS,
@@ -382,9 +382,9 @@ class Session:
                 ending(task)
             first, end = task.first, task.adapted
             if task.ended and first is not None and end is not None:
-                adapted = not no_difference(first.before, end)
+                adapted = not no_difference(first.before, end, worth_a_wait)
                 current = [r() if r is not None else None for r in task.fast]
-                if adapted and no_difference(current, end):
+                if adapted and no_difference(current, end, worth_a_wait):
                     self.event("restore-without-effect", None, site)
 
     def current_forwards(self) -> Forwards:

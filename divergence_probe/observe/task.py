@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import Mark
 from divergence_probe.observe.capture import Forwards, Row
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Learned
@@ -37,7 +38,7 @@ class Task:
         positions: which of the model's parameters its loop moves, in the loop's order.
         inputs: weak references to what its next gradient is expected to be taken of.
         in_place: whether its updates overwrite the parameters.
-        versions: by position, the parameters' counts of in-place changes after the last update.
+        marks: by position, the parameters' marks after the last update.
         counts: the step that made new fast weights, and their counts of in-place changes when it
             was settled, in the order of ``inputs``; None for those it left as they were.
         looked_at: whether a gradient that was no step's was taken since.
@@ -71,7 +72,7 @@ class Task:
     positions: list[int] = field(default_factory=list)
     inputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     in_place: bool = False
-    versions: dict[int, int] = field(default_factory=dict)
+    marks: dict[int, Mark] = field(default_factory=dict)
     counts: tuple[int, list[int | None]] = (0, [])
     looked_at: bool = False
     overwritten: bool = False

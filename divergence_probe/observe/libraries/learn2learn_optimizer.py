@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.at_hand import was_left_alone
+from divergence_probe.observe.at_hand import mark_of, was_left_alone
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.optimizers import watching
@@ -176,7 +176,7 @@ class _Optimizers:
             carried=_carried(pending, step.tensors),
         )
         task.fast = [weakref.ref(tensor) for tensor in tensors]
-        task.versions = {index: tensor._version for index, tensor in enumerate(tensors)}
+        task.marks = {index: mark_of(tensor) for index, tensor in enumerate(tensors)}
 
     def _forwards(self, pending: Pending | None, tensors: Sequence[Tensor]) -> Forwards:
         """What ran forward with these weights for the step's loss."""
@@ -217,7 +217,7 @@ def _goes_on(task: Task, tensors: Sequence[Tensor]) -> bool:
     return all(
         made is not None
         and made() is tensor
-        and was_left_alone(tensor.detach(), tensor._version, left, task.versions.get(index))
+        and was_left_alone(tensor.detach(), mark_of(tensor), left, task.marks.get(index))
         for index, (made, tensor, left) in enumerate(
             zip(task.fast, tensors, task.last.after, strict=True)
         )
