@@ -220,6 +220,7 @@ class Row:
         carried: gradients that were already there before the row's own was added to them; a
             query's own.
         preceding: for a task's first row, the last row of the task before, until it is measured.
+        clipped: whether its gradients were clipped, where that is read only when it is measured.
     """
 
     task: int
@@ -239,3 +240,4 @@ class Row:
     previous: Row | None = None
     carried: Sequence[Tensor] = ()
     preceding: Row | None = None
+    clipped: Tensor | None = None

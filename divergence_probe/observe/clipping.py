@@ -24,7 +24,7 @@ def install(patches: Patches, session: Session) -> None:
 
 
 def _clip(
-    session: Session, changed: Callable[..., bool], original: Callable[..., Any]
+    session: Session, changed: Callable[..., bool | Tensor], original: Callable[..., Any]
 ) -> Callable[..., Any]:
     guard = session.guard
 
@@ -47,17 +47,23 @@ def _clip(
     return clip
 
 
-def _largest(parameters: list[Tensor]) -> float | None:
-    gradients = [p.grad for p in parameters if p.grad is not None and waits_for_nothing(p.grad)]
-    return max((float(g.abs().max()) for g in gradients if g.numel()), default=None)
+def _largest(parameters: list[Tensor]) -> float | Tensor | None:
+    """The largest magnitude among gradients: a tensor where it is not at hand."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    if all(map(waits_for_nothing, gradients)):
+        return max((float(g.abs().max()) for g in gradients), default=None)
+    if len({gradient.device for gradient in gradients}) > 1:
+        return None
+    return torch.stack([gradient.abs().max().float() for gradient in gradients]).max()
 
 
-def _by_norm(result: Any, largest: float | None, bound: float) -> bool:
-    """Whether the total norm was above the bound; unknown on a device that would have to wait."""
-    if not isinstance(result, Tensor) or not waits_for_nothing(result):
+def _by_norm(result: Any, largest: float | Tensor | None, bound: float) -> bool | Tensor:
+    """Whether the total norm was above the bound: a tensor where it is not at hand."""
+    if not isinstance(result, Tensor):
         return False
-    return float(result) > bound
+    above = result.detach() > bound
+    return bool(above) if waits_for_nothing(result) else above
 
 
-def _by_value(result: Any, largest: float | None, bound: float) -> bool:
+def _by_value(result: Any, largest: float | Tensor | None, bound: float) -> bool | Tensor:
     return largest is not None and largest > bound

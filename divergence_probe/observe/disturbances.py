@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand
+from divergence_probe.observe.at_hand import is_at_hand, worth_a_wait
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
@@ -27,7 +27,7 @@ def goes_up(pending: Pending, values: Values) -> bool:
     """Whether an update goes up its own gradient; looked at only where that waits for nothing."""
     climb = 0.0
     for before, after, gradient in zip(pending.before, values, pending.gradients, strict=True):
-        if after is None or gradient is None or not is_at_hand(gradient):
+        if after is None or gradient is None or not is_at_hand(gradient, worth_a_wait):
             continue
         if gradient.shape == before.shape == after.shape:
             climb += float(((after - before) * gradient).sum())
@@ -50,7 +50,7 @@ def is_undone(task: Task, parameters: Sequence[Tensor]) -> bool:
         if place is None:
             continue
         before, after = task.first.before[place], task.first.after[place]
-        if before is None or after is None or not is_at_hand(parameter):
+        if before is None or after is None or not is_at_hand(parameter, worth_a_wait):
             return False
         unit = torch.finfo(parameter.dtype).eps
         moved += _square(after - before)

@@ -249,11 +249,7 @@ class Follower(TorchFunctionMode):
         if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
             return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
-            passed = plain(args[0])
-            active = operation.in_place or (
-                waits_for_nothing(passed) and not torch.equal(plain(result), passed)
-            )
-            pending.flags |= FLAGS["clippable"] | (FLAGS["clipped"] if active else 0)
+            _note_clipping(pending, operation, plain(args[0]), plain(result))
         if gradients and operation.escapes:
             pending.escaped = True
         both = parameters & gradients
@@ -505,6 +501,15 @@ def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> boo
     return start is not None and any(
         are_plain((other,)) and are_same(other, start) for other in operands
     )
+
+
+def _note_clipping(pending: Pending, operation: Operation, given: Tensor, made: Tensor) -> None:
+    """A gradient was clipped by hand; whether that changed it is read later if not at hand."""
+    pending.flags |= FLAGS["clippable"]
+    if operation.in_place or (waits_for_nothing(given) and not torch.equal(made, given)):
+        pending.flags |= FLAGS["clipped"]
+    elif not waits_for_nothing(given):
+        pending.clipped.append((made != given).any())
 
 
 def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:

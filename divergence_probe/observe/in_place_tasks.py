@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from divergence_probe.observe.at_hand import mark_of, no_difference, was_left_alone
+from divergence_probe.observe.at_hand import (
+    mark_of,
+    no_difference,
+    was_left_alone,
+    worth_a_wait,
+)
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -194,7 +199,7 @@ class InPlaceTasks:
         if step.disturbed is not None and step.disturbed.first is not None:
             # Where they were before that: to put them back is not exact.
             found = gathered(step.disturbed.first.before, step.positions)
-            return no_difference(found, gathered(task.last.after, step.positions))
+            return no_difference(found, gathered(task.last.after, step.positions), worth_a_wait)
         if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
         return all(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
@@ -113,6 +114,8 @@ class LoopTasks:
             task.fast = [None] * width
             for reference, position in zip(task.inputs, positions, strict=True):
                 task.fast[position] = reference
+        if pending.clipped:
+            self._session.clipped = torch.stack(pending.clipped).any()
         self._session.step(
             task,
             before,

@@ -118,6 +118,7 @@ class Pending:
         used: for each input, the candidate that was first used as a weight.
         met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
+        clipped: whether its gradients were clipped by hand, where that is to be read later.
         displaced: inputs that were put elsewhere before their update, or written to with a value
             that was made without them; whether that is known to be where their task began.
         moved_back: inputs that were, after that, computed with what they began from: no update.
@@ -163,6 +164,7 @@ class Pending:
     used: dict[int, int] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
     displaced: dict[int, bool] = field(default_factory=dict)
+    clipped: list[Tensor] = field(default_factory=list)
     moved_back: set[int] = field(default_factory=set)
     marks: dict[int, Mark] = field(default_factory=dict)
     escaped: bool = False

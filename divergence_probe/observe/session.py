@@ -103,7 +103,7 @@ class Session:
         #: Called with a module whose state is asked for, or that is copied: it may be kept.
         self.keeping: list[Callable[[nn.Module], None]] = []
         self.starting: list[Callable[[], None]] = []
-        self.clipped: bool | None = None
+        self.clipped: bool | Tensor | None = None
         self._retention = Retention()
         self.layer_names = LayerNames(self.models)
         self.name_forwards = self.layer_names.give
@@ -239,8 +239,9 @@ class Session:
         """An inner step was taken. Tensors must be detached and safe from in-place changes."""
         if isinstance(learning_rate, Tensor):  # a learned rate is stepped before it is measured
             learning_rate = learning_rate.detach().clone()
+        clipped = None
         if self.clipped is not None:
-            flags |= self._clipping()
+            clipped, flags = self._clipping(flags)
         row = Row(
             task.index,
             task.steps,
@@ -258,6 +259,7 @@ class Session:
             width if width > 1 else task.width,
             task.last,
             carried,
+            clipped=clipped,
         )
         if task.first is None:
             task.first = row
@@ -316,6 +318,7 @@ class Session:
         Or, ``around`` them, what no task adapts: rates, a network they are a part of.
         """
         self.finish_tasks()
+        clipped, flags = self._clipping(flags)
         row = Row(
             -1,
             -1,
@@ -329,7 +332,8 @@ class Session:
             NO_FORWARDS,
             None,
             learning_rate,
-            flags | self._clipping(),
+            flags,
+            clipped=clipped,
         )
         self._retention.outer_step()
         missing = [
@@ -345,12 +349,14 @@ class Session:
         else:
             self._add(row, None)
 
-    def _clipping(self) -> int:
-        """Flags of the clipping since the step before."""
+    def _clipping(self, flags: int) -> tuple[Tensor | None, int]:
+        """Flags with those of the clipping since the step before; what is read later."""
         clipped, self.clipped = self.clipped, None
         if clipped is None:
-            return 0
-        return FLAGS["clippable"] | (FLAGS["clipped"] if clipped else 0)
+            return None, flags
+        if isinstance(clipped, Tensor):
+            return clipped, flags | FLAGS["clippable"]
+        return None, flags | FLAGS["clippable"] | (FLAGS["clipped"] if clipped else 0)
 
     def runs_base_weights(self, bases: Sequence[Tensor], site: int) -> None:
         """A copy was adapted by a loss that depends on the original's weights instead."""

@@ -29,7 +29,8 @@ def note_standstill(
     """Look at an operation that brought inputs and gradients together: it may have changed nothing.
 
     Asked of the first input that has a gradient, so that a loop that moves pays for one
-    comparison; of the others once that one stood still. Not where a device would be waited for.
+    comparison; of the others once that one stood still. Where a device would be waited for, only a
+    rate of zero tells.
 
     Args:
         pending: the gradient.
@@ -46,9 +47,13 @@ def note_standstill(
     if not pending.flags & _STILL and _first(pending) not in indices:
         return
     after = batched(result, pending.width).detach()
-    if not waits_for_nothing(after) or not _unchanged(pending, indices, after):
+    no_rate = any(rate == 0 for rate in rates)
+    if not waits_for_nothing(after):
+        pending.flags |= FLAGS["zero"] if no_rate else 0
         return
-    zero = any(rate == 0 for rate in rates) or not any(bool(plain(t).any()) for t in steps)
+    if not _unchanged(pending, indices, after):
+        return
+    zero = no_rate or not any(bool(plain(t).any()) for t in steps)
     pending.flags |= FLAGS["zero" if zero else "rounded"]
 
 
@@ -57,7 +62,7 @@ def settle_standstill(pending: Pending, values: Sequence[Tensor | None]) -> None
     if not pending.flags & _STILL:
         return
     still = all(
-        after is not None and _same(before, after)
+        after is not None and (not waits_for_nothing(after) or _same(before, after))
         for before, after in zip(pending.before, values, strict=True)
     )
     if not still:

@@ -16,6 +16,7 @@ from divergence_probe.observe.velocity import carried_velocities, has_another_di
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     BATCH_NORM_DISTANCES,
+    FLAGS,
     MISSING,
     PARAMETER_COLUMNS,
     QUERY,
@@ -24,6 +25,9 @@ from divergence_probe.record.schema import (
     Event,
     Layout,
 )
+
+#: The column of the flags among a row's plain numbers.
+_FLAGS = 6
 
 #: A normalisation call: of which row, in which column, and the call.
 _Met = tuple[int, int, NormalizationCall]
@@ -92,6 +96,7 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
         ],
         dtype=np.float64,
     )  # fmt: skip
+    _add_late_flags(table, rows)
     widths = [row.width for row in rows]
     names = ("task", "step", "phase", "layout", "site", "seconds", "flags", "loss_seen")
     arrays = {name: np.repeat(table[:, i], widths) for i, name in enumerate(names)}
@@ -106,6 +111,15 @@ def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[s
     turned = has_another_direction(parameters)[starts]
     arrays["carried_velocity"] = np.repeat(carried_velocities(rows, turned), widths)
     return arrays
+
+
+def _add_late_flags(table: Array, rows: Sequence[Row]) -> None:
+    """Add the flags that are read only now."""
+    late = [position for position, row in enumerate(rows) if row.clipped is not None]
+    if late:
+        clipped = np.array(scalars([rows[position].clipped for position in late])) > 0
+        late = [position for position, was in zip(late, clipped, strict=True) if was]
+        table[late, _FLAGS] = table[late, _FLAGS].astype(np.int64) | FLAGS["clipped"]
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> float:

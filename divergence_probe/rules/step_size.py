@@ -313,10 +313,13 @@ class NoParameterChange(Rule):
         """``[S]`` steps that no change of a rate by hand explains: to (nearly) zero, later on.
 
         Where an update was made, and not seen to be zero or rounded away, only a line that never
-        moved a weight is known to throw its updates away.
+        moved a weight is known to throw its updates away. On an accelerator an update's own numbers
+        are not looked at: one of zero (a rate that warms up) is no other than one rounded away.
         """
         rate, site = frame.block.scalars["learning_rate"], frame.block.scalars["site"]
         by_hand = ~np.isfinite(rate) & ~frame.flagged("discarded")
+        if any(parameter.device != "cpu" for parameter in frame.block.layout.parameters):
+            return ~by_hand
         moved_before = np.zeros(len(rate), dtype=bool)
         for place in np.unique(site[frame.support]).tolist():
             key, here = (frame.block.rank, int(place)), frame.support & (site == place)

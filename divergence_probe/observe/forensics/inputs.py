@@ -82,9 +82,13 @@ class LastStep:
 
 
 def last_step(task: Task) -> LastStep | None:
-    """What a task's last step shows; None where it only went on with an explosion."""
+    """What a task's last step shows; None where it only went on with an explosion.
+
+    Nor where its loss was bad already: then that is to be looked at, not what came of it. (Where a
+    loss is seen only by waiting for a device, that may have been too late.)
+    """
     row = task.last
-    if row is None:
+    if row is None or not math.isfinite(row.loss if row.loss is not None else 0.0):
         return None
     before = [t for t in row.before if t is not None]
     gradients = [g for g in row.gradients if g is not None]

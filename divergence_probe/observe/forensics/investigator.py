@@ -2,7 +2,9 @@
 
 When to look: where a loss about to be differentiated is visibly not finite; once at every line
 where a gradient is taken through an operation whose derivative can be infinite; and for some calls
-after a fault, while the checking mode is armed.
+after a fault, while the checking mode is armed. Where a loss is seen only by waiting for a device,
+a bad one is noticed some steps later: what comes after that is looked at, the next task, say, which
+begins with weights that are still good.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import waits_for_nothing
+from divergence_probe.observe.at_hand import waits_for_nothing, worth_a_wait
 from divergence_probe.observe.forensics import backward, forward
 from divergence_probe.observe.forensics.checking_mode import Note, sequence_number
 from divergence_probe.observe.forensics.fault import Fault, locate
@@ -31,6 +33,7 @@ from divergence_probe.observe.forensics.inputs import (
     made_by,
     nameless,
 )
+from divergence_probe.observe.forensics.lookout import Lookout
 from divergence_probe.observe.forensics.reporter import Reporter
 from divergence_probe.observe.forensics.windows import FORWARD, GRADIENT, UPDATE, Place, Window
 from divergence_probe.observe.tensors import physical
@@ -61,6 +64,7 @@ class Investigator:
         self._case = self._reporter.case
         self._gradient: Callable[..., Any] = torch.autograd.grad
         self._risky: dict[int, bool] = {}
+        self._lookout = Lookout()
         self._suspecting = False
         self._looks = 0
         self._off = False
@@ -101,6 +105,8 @@ class Investigator:
             case.windows.open(window)
             self._reporter.advance(window)
             if loss is not None and loss.grad_fn is not None and loss.numel() == 1:
+                if not (case.armed or self._reporter.known or waits_for_nothing(physical(loss)[0])):
+                    self._note_from_afar(loss)
                 self._look(loss, inputs, window, names or nameless)
         except Exception:  # never the user's problem: the watching goes on without forensics
             self._give_up()
@@ -112,8 +118,11 @@ class Investigator:
         """
         if self._case.armed or self._reporter.waiting or self._risky.get(site):
             return False
-        if loss is None or not waits_for_nothing(loss) or loss.numel() != 1:
+        if loss is None or loss.numel() != 1:
             return True
+        if not waits_for_nothing(loss):
+            self._note_from_afar(loss)
+            return not self._case.armed
         return loss.is_floating_point() and math.isfinite(loss.item())
 
     def has_looked(self, site: int) -> bool:
@@ -180,6 +189,14 @@ class Investigator:
             "The first bad operation could not be looked for: an error of ours; please report it."
         )
 
+    def _note_from_afar(self, loss: Tensor) -> None:
+        """A loss that is not at hand: arm where an earlier one has turned out to be bad."""
+        try:
+            if self._lookout.notices(physical(loss)[0].detach()):
+                self._reporter.alarm(afar=True)
+        except Exception:
+            self._give_up()
+
     def _measured(self, block: Block) -> None:
         """A block was measured: where looking at each loss would wait for a device, arm now."""
         if self._off or self._reporter.known or not len(block):
@@ -191,7 +208,7 @@ class Investigator:
     # -- looking ----------------------------------------------------------------------------------
 
     def _look(self, loss: Tensor, inputs: Inputs, window: Window, names: Names) -> None:
-        value = self._value(loss)
+        value = self._value(loss, window)
         if value is None or self._looks >= _MOST_LOOKS:
             return
         bad = not math.isfinite(value)
@@ -207,12 +224,18 @@ class Investigator:
         else:
             self._look_backward(loss, tensors, window, names)
 
-    def _value(self, loss: Tensor) -> float | None:
-        """The loss, where looking costs no wait for a device (or one is worth it: armed)."""
+    def _value(self, loss: Tensor, window: Window | None = None) -> float | None:
+        """The loss, where looking costs no wait for a device, or one is worth it.
+
+        (While armed, and at a line of which nothing is known yet.)
+        """
         if waits_for_nothing(loss) and not torch._C._functorch.is_functorch_wrapped_tensor(loss):
             return float(loss.item())
         value = physical(loss)[0].detach()
-        if not waits_for_nothing(value) and not self._case.armed:
+        if not waits_for_nothing(value) and not (
+            worth_a_wait(value)
+            and (self._case.armed or (window is not None and window.site not in self._risky))
+        ):
             return None
         return float(value if value.numel() == 1 else value.sum())
 
@@ -315,7 +338,8 @@ class Investigator:
         """After the call the graph's numbers are freed, but not its shape: name a suspect."""
         gradients = [tensor.grad for tensor in inputs] if gradients is None else gradients
         made = [g for g in gradients if g is not None]
-        if self._reporter.known or any(not waits_for_nothing(g) or g.dtype in _HALF for g in made):
+        may = worth_a_wait if self._case.armed else waits_for_nothing
+        if self._reporter.known or any(not may(g) or g.dtype in _HALF for g in made):
             return
         bad = [i for i, g in enumerate(gradients) if g is not None and not finite(g)]
         if not bad or any(not finite(tensor) for tensor in inputs):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from divergence_probe.observe.session import Session
 
 _ARMED_CALLS = 48
+_ALARMED_CALLS = 4
 _ARMED_IN_ALL = 256
 _MOST_FAULTS = 8
 
@@ -77,9 +78,14 @@ class Reporter:
         if self.waiting and self.waiting[-1].site == window.site and window.step > 0:
             self.waiting[-1].step = window.step - 1
 
-    def alarm(self) -> None:
-        """Something is wrong, and nothing is known yet."""
-        self.case.armed = max(self.case.armed, min(4, self._budget))
+    def alarm(self, afar: bool = False) -> None:
+        """Something is wrong, and nothing is known yet.
+
+        Args:
+            afar: whether that was some steps ago, so that a task which begins anew is waited for.
+        """
+        calls = _ARMED_CALLS if afar else _ALARMED_CALLS
+        self.case.armed = max(self.case.armed, min(calls, self._budget))
 
     def advance(self, window: Window) -> None:
         """Another gradient call begins: look what waiting faults can be given now."""
