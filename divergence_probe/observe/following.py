@@ -24,7 +24,14 @@ from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
-from divergence_probe.observe.tensors import are_plain, batched, is_unreal, plain, tensors_in
+from divergence_probe.observe.tensors import (
+    are_plain,
+    batched,
+    changes_of,
+    is_unreal,
+    plain,
+    tensors_in,
+)
 from divergence_probe.record.schema import FLAGS
 
 _NOTHING: frozenset[int] = frozenset()
@@ -383,6 +390,7 @@ class Follower(TorchFunctionMode):
             parameter = pending.inputs[index]()
             if parameter is not None:
                 pending.marks[index] = mark_of(parameter)
+                pending.uncounted |= _is_uncounted(target, parameter, operation)
         elsewhere = index is None and gradients and self._elsewhere is not None
         if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
             self._tags.pop(id(target), None)
@@ -501,6 +509,13 @@ def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> boo
     return start is not None and any(
         are_plain((other,)) and are_same(other, start) for other in operands
     )
+
+
+def _is_uncounted(target: Tensor, parameter: Tensor, operation: Operation) -> bool:
+    """Whether a write went through ``.data``, where torch does not count it and values are afar."""
+    if waits_for_nothing(parameter):
+        return False
+    return operation.name == "data.__set__" or changes_of(target) != changes_of(parameter)
 
 
 def _note_clipping(pending: Pending, operation: Operation, given: Tensor, made: Tensor) -> None:

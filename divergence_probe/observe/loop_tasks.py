@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 _REPETITIONS = 3
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
 
+_UNCOUNTED = (
+    "Weights on an accelerator are written through .data, which torch does not count: where they "
+    "are put back for the next task shows only in their values, and looking would wait for the "
+    "device at every step. Write to them under torch.no_grad() instead, or name tasks with "
+    "probe.task()."
+)
+
 
 class LoopThread(threading.local):
     """What one thread is in the middle of; ``states`` keeps every thread's, also after its end."""
@@ -96,6 +103,8 @@ class LoopTasks:
         ):
             values, flags = [None] * len(values), flags | FLAGS["incomplete"]
         self.record(task, pending, values, flags, update.tensors)
+        if pending.uncounted and task.data["writes_base"]:
+            self._session.unseen(_UNCOUNTED)
         if update.in_place:
             task.marks = {task.positions[i]: mark for i, mark in pending.marks.items()}
 

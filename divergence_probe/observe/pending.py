@@ -123,6 +123,7 @@ class Pending:
             that was made without them; whether that is known to be where their task began.
         moved_back: inputs that were, after that, computed with what they began from: no update.
         marks: the parameters' own marks at that time.
+        uncounted: whether they were written to where nothing but their values would show it.
         escaped: whether a gradient went where it cannot be followed: out of torch (``.numpy()``),
             or with its parameters into a compiled function.
         followed: whether the function mode was on for it.
@@ -167,6 +168,7 @@ class Pending:
     clipped: list[Tensor] = field(default_factory=list)
     moved_back: set[int] = field(default_factory=set)
     marks: dict[int, Mark] = field(default_factory=dict)
+    uncounted: bool = False
     escaped: bool = False
     met: bool = False
     followed: bool = False

@@ -22,6 +22,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 is_tracing = torch._C._get_tracing_state
 are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_mode = torch._C._get_dispatch_mode
+_CUDA, _captured = torch.version.cuda is not None, torch.cuda.is_current_stream_capturing
 _UNREAL = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -30,7 +31,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None
 
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
-    return not (_function_modes() or are_transforms_active() or _dispatch_modes())
+    return not (
+        _function_modes() or are_transforms_active() or _dispatch_modes() or (_CUDA and _captured())
+    )
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -49,9 +52,10 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def is_unreal() -> bool:
     """Whether operations are written down, or only their shapes worked out (``make_fx``, export).
 
-    There are no values then; ours would be written down as the user's.
+    There are no values then; ours would be written down as the user's. So it is while a graph of
+    CUDA's is captured, and to wait for the device would end that.
     """
-    return any(_dispatch_mode(key) is not None for key in _UNREAL)
+    return any(_dispatch_mode(key) is not None for key in _UNREAL) or (_CUDA and _captured())
 
 
 def are_plain(values: Iterable[object]) -> bool:

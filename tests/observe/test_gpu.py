@@ -152,3 +152,48 @@ def test_a_healthy_loop_is_healthy(net):
         for _ in range(3):
             by_hand(net)
     assert probe.diagnosis.verdict in ("healthy", "suspect")
+
+
+def test_a_graph_is_captured_as_without(net):
+    """Nothing of ours is captured, and no wait of ours ends it."""
+    x = torch.randn(8, 4).cuda()
+    side = torch.cuda.Stream()
+
+    def captured():
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gradients = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+        graph.replay()
+        torch.cuda.synchronize()
+        return [gradient.clone() for gradient in gradients]
+
+    net.eval()
+    bare = captured()
+    with divergence_probe.attach(net) as probe:
+        by_hand(net)
+        watched = captured()
+        by_hand(net)
+    assert probe.failure is None
+    assert len(watched) == len(bare)
+    assert all(gradient.isfinite().all() for gradient in watched)
+
+
+def test_a_bad_loss_is_noticed_before_the_run_is_over(net):
+    """Without a wait: the cause is found in the tasks that come after it."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)).cuda()
+    with divergence_probe.attach(net) as probe:
+        for _ in range(6):
+            fast = dict(net.named_parameters())
+            for _ in range(4):
+                x = torch.rand(8, 4).cuda()
+                output = torch.func.functional_call(net, fast, (x,))
+                loss = (output - output.detach()).log().mean()  # of zero
+                gradients = torch.autograd.grad(loss, list(fast.values()))
+                fast = {n: w - 0.1 * g for (n, w), g in zip(fast.items(), gradients, strict=True)}
+                torch.cuda.synchronize()
+    assert probe.failure is None
+    assert probe.diagnosis.root_cause.cause == "singular-forward"

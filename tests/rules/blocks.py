@@ -132,11 +132,12 @@ def make(
     dropouts: Sequence[str] = (),
     events: Iterable[Event] = (),
     dtype: str = "float32",
+    device: str = "cpu",
     rank: int = 0,
     since: float = 0.0,
 ) -> Block:
     """A block of ``rows``; row ``i`` is taken ``i`` seconds after ``since``."""
-    infos = tuple(ParameterInfo(name, (4, 4), dtype, "cpu") for name in parameters)
+    infos = tuple(ParameterInfo(name, (4, 4), dtype, device) for name in parameters)
     scalars = {name: np.asarray([r.get(name, d) for r in rows]) for name, d in _SCALARS.items()}
     scalars = {name: values.astype(np.float64) for name, values in scalars.items()}
     scalars["seconds"] = since + np.arange(len(rows), dtype=np.float64)

@@ -282,6 +282,15 @@ def test_a_step_by_hand_that_stands_still_at_a_line_that_never_moved_a_weight():
     assert one("LR004", make(moving, thrown | {"task": 1.0})).task == 1
 
 
+def test_a_step_by_hand_on_an_accelerator_may_be_one_of_rate_zero():
+    still = inner(update_norm=0.0, learning_rate=-INF)
+    thrown = still | {"flags": float(FLAGS["discarded"])}
+
+    assert silent("LR004", make(still, device="cuda:0"))
+    assert one("LR004", make(thrown, device="cuda:0"))
+    assert one("LR004", make(inner(update_norm=0.0, learning_rate=0.1), device="cuda:0"))
+
+
 def test_an_update_with_an_infinite_gradient_is_not_thrown_away():
     block = make(inner(gradient_norm=[INF, 0, INF], update_norm=[INF, 0, NAN]))
 
