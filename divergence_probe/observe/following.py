@@ -190,7 +190,8 @@ class Follower(TorchFunctionMode):
         """A call that no mode sees the inside of, as of a compiled function, is over.
 
         What it was given and gave back is known: gradients that went in are in all that came out.
-        A whole update is known by its shapes; of any other one it can only be said that it escaped.
+        A whole update is known by its shapes; of any other one it can only be said that it escaped,
+        as where nothing is known to have come out.
         """
         pending = self._pending
         if pending is None or self._recital is not None:
@@ -205,7 +206,7 @@ class Follower(TorchFunctionMode):
         pending.learned.flags |= FLAGS["transformed"]
         pending.flags |= pending.learned.flags
         made = tensors_in(result)
-        if not parameters:
+        if made and not parameters:
             for tensor in made:
                 self._made(pending, tensor, _NOTHING, gradients)
         elif [tensor.shape for tensor in made] == list(shapes_of(pending.before)):

@@ -14,7 +14,7 @@ from divergence_probe.observe import mode_stack
 from divergence_probe.observe.at_hand import waits_for_nothing
 from divergence_probe.observe.forensics import investigator_of
 from divergence_probe.observe.forensics.checking_mode import sequence_number
-from divergence_probe.observe.guard import Guard, ThreadState
+from divergence_probe.observe.guard import BACKWARD_THREADS, Guard, ThreadState
 from divergence_probe.observe.in_turn import Point
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.naming import named
@@ -133,7 +133,8 @@ class _Autograd(GradientCalls):
         def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if is_compiling() or not guard.active:
                 return original(outputs, inputs, *args, **kwargs)
-            if (state := threads.state).away or (state.gradient and state.is_in_gradient()):
+            state = threads.state
+            if state.away or ((state.gradient or BACKWARD_THREADS) and state.is_in_gradient()):
                 return self._tapped(original, outputs, inputs, *args, **kwargs)
             site, known = -1, False
             if type(outputs) is Tensor and type(inputs) in _LISTS and in_plain_torch():

@@ -25,6 +25,12 @@ _DisableTorchFunction = torch._C.DisableTorchFunction
 _set_grad_enabled = torch._C._set_grad_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
+_backward_under_way = torch._C._current_graph_task_id
+
+#: Whether backwards may run in threads of their own, one a device; those of the CPU never do.
+BACKWARD_THREADS = bool(
+    torch.version.cuda or torch.version.hip or torch.backends.mps.is_built()
+)
 
 
 class OnStack(Protocol):
@@ -88,10 +94,11 @@ class ThreadState:
         """Whether a gradient call or a step is under way.
 
         Torch does not tell of a step that an exception ended: what it was called with is gone then.
+        Hooks, and what checkpointing computes again, run in the thread of a backward.
         """
         if self.gradient and self.step is not None and self.step() is None:
             self.leave_step()
-        return bool(self.gradient)
+        return bool(self.gradient) or (BACKWARD_THREADS and _backward_under_way() >= 0)
 
     def leave_step(self) -> None:
         """The step of ``torch.optim`` that was under way is over."""

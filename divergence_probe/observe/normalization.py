@@ -24,6 +24,7 @@ from divergence_probe.observe.capture import (
     NormalizationCall,
     next_order,
 )
+from divergence_probe.observe.guard import BACKWARD_THREADS
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
@@ -57,7 +58,7 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
         call = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         if is_compiling() or is_tracing() or not guard.active or (state := threads.state).away:
             return original(*call)
-        if state.gradient and state.is_in_gradient():
+        if (state.gradient or BACKWARD_THREADS) and state.is_in_gradient():
             with state:  # beforehand: checkpointing stops a recomputation by an exception
                 _recomputed(session, _calling_module(), training and running_mean is not None)
             return original(*call)

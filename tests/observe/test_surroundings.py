@@ -207,9 +207,10 @@ def test_threads_do_not_mix() -> None:
 
 def test_data_parallel_names_are_the_users_own() -> None:
     """The wrapper's prefix is no part of a name."""
-    net = nn.DataParallel(nn.Linear(4, 2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # it takes what GPUs there are
+    net = nn.DataParallel(nn.Linear(4, 2).to(device))
     with divergence_probe.attach(net) as probe:
-        adapt(net.module, calling(net.module), torch.randn(5, 4))
+        adapt(net.module, calling(net.module), torch.randn(5, 4, device=device))
     assert set(probe.recording.steps().parameter) == {"weight", "bias"}
 
 

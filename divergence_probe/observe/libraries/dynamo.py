@@ -85,5 +85,5 @@ def _over(guard: Guard, mode: OnStack, frames: list[FrameType]) -> None:
     with guard.work():
         mode.resume()
         call = frames.pop().f_locals  # (kept in there, the frame would keep itself and its graph)
-        if call.get("call_succeeded", "result" in call):
+        if call.get("call_succeeded", True):  # (before 2.13 neither that nor the result is there)
             mode.went_by((call.get("args"), call.get("kwargs")), call.get("result"))
