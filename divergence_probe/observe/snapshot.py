@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.arena import empty
-from divergence_probe.observe.at_hand import are_same
+from divergence_probe.observe.at_hand import are_same, waits_for_nothing
 
-#: A set of more elements is measured parameter by parameter.
+#: A set of more elements is measured parameter by parameter, on the CPU: see :func:`most_together`.
 MOST_TOGETHER = 2**13
 # One of more is kept by reference: to copy it takes longer than what that saves.
 _MOST_COPIED = 2**20
@@ -28,6 +28,19 @@ _flatten = torch._C._nn.flatten_dense_tensors
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 Values = Sequence[Tensor | None]
+
+
+def most_together(tensor: Tensor) -> int:
+    """How many elements a set may have to be copied into one vector, and measured as one.
+
+    An accelerator pays for every operation it is given, whatever its size: there it is all that is
+    copied at all.
+
+    Args:
+        tensor: one of the set.
+    """
+    return MOST_TOGETHER if waits_for_nothing(tensor) else _MOST_COPIED
+
 
 # Shapes met, and how many elements they have in all.
 _SHAPES: dict[tuple[torch.Size, ...], int] = {}
@@ -129,7 +142,7 @@ def _together(tensors: Values, shapes: tuple[torch.Size, ...]) -> Tensor | None:
     """
     try:
         with _BelowAutograd():
-            if elements_in(shapes) > MOST_TOGETHER:
+            if elements_in(shapes) > most_together(tensors[0]):  # type: ignore[arg-type]
                 return _in_arena(tensors)
             vector: Tensor = _flatten(tensors)  # type: ignore[arg-type]
             return vector.clone() if len(tensors) == 1 else vector  # a single one is not copied

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import to_numpy
-from divergence_probe.observe.snapshot import MOST_TOGETHER, Snapshot, Values, shapes_of, snapshot
+from divergence_probe.observe.snapshot import Snapshot, Values, most_together, shapes_of, snapshot
 from divergence_probe.record.schema import Array
 
 
@@ -47,7 +47,9 @@ def measure_vectors(
     large, and where a square overflows: then each parameter is looked at by itself.
     """
     sizes = [shape.numel() for shape in shapes_of(rows[0].before) if shape is not None]
-    if not sizes or len(sizes) < len(rows[0].before) or sum(sizes) > MOST_TOGETHER:
+    if not sizes or len(sizes) < len(rows[0].before):
+        return None
+    if sum(sizes) > most_together(_first(rows[0].before)):
         return None
     vectors = Vectors(sum(sizes))
     slopes = [vectors.position(row.gradients) for row in rows]  # first: then they are in order
@@ -72,6 +74,13 @@ def measure_vectors(
         "update_norm": table[0],
     }
     return VectorNumbers(columns, table[1], to_numpy(_along_next(gradient, update, later, earlier)))
+
+
+def _first(values: Values) -> Tensor:
+    """One of a set of which none is missing."""
+    first = values.store if isinstance(values, Snapshot) else values[0]
+    assert first is not None
+    return first
 
 
 def _along_next(
