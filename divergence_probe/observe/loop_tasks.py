@@ -355,6 +355,12 @@ class LoopTasks:
         pending.gradients = [None] * len(pending.inputs)
         self._outer(pending, update)
 
+    def awaits_step(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a gradient through tasks was taken of ``tensors``, and no step of theirs seen."""
+        latest = self._thread.pending
+        waiting = [*self._thread.waiting, *([latest] if latest and latest.through else [])]
+        return any(pending.reached(tensors) for pending in waiting)
+
     def moved(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` were stepped: no gradient of theirs waits for that any more."""
         thread = self._thread

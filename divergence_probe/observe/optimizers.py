@@ -65,7 +65,7 @@ class Optimizers:
         self._loops = loops
         self._thread = _Thread()
         self._tasks = InPlaceTasks(session, loops)
-        self._targets = Targets(session, self._tasks, loops.tasks.in_turn)
+        self._targets = Targets(session, self._tasks, loops.tasks)
         #: Bases that no gradient can have reached yet: without one, their step is none.
         self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Called with the backward an outer step used, before that step is recorded.

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand, waits_for_nothing
+from divergence_probe.observe.at_hand import is_at_hand, waits_for_nothing, was_left_alone
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
@@ -195,7 +194,8 @@ def columns_of(pending: Pending, task: Task) -> tuple[Values, Values, int]:
 
 
 def _has_moved(pending: Pending, tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them has another value than it had (NaN stays what it is)."""
     return any(
-        waits_for_nothing(value) and not torch.equal(physical(tensor)[0], value)
+        waits_for_nothing(value) and not was_left_alone(physical(tensor)[0], 0, value, 0)
         for tensor, value in zip(tensors, pending.before, strict=True)
     )

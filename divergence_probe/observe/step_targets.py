@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from divergence_probe.observe.in_place_tasks import InPlaceTasks
-from divergence_probe.observe.in_turn import InTurn
+from divergence_probe.observe.loop_tasks import LoopTasks
 from divergence_probe.observe.models import KnownModel, base_among
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.pending import Pending
@@ -39,10 +39,11 @@ class Target:
 class Targets:
     """Tells bases from their copies, and outer optimizers from inner ones."""
 
-    def __init__(self, session: Session, tasks: InPlaceTasks, in_turn: InTurn) -> None:
+    def __init__(self, session: Session, tasks: InPlaceTasks, loop_tasks: LoopTasks) -> None:
         self._session = session
         self._tasks = tasks
-        self._in_turn = in_turn
+        self._loop_tasks = loop_tasks
+        self._in_turn = loop_tasks.in_turn
         self._through: weakref.WeakSet[Any] = weakref.WeakSet()
         self._moved: weakref.WeakSet[KnownModel] = weakref.WeakSet()
 
@@ -100,7 +101,7 @@ class Targets:
         if any(map(session.models.begun, parameters)):
             known, positions = named(session.models, parameters, parameters)
             return Target(parameters, known, positions, None, outer=True)
-        if self._goes_through_tasks(optimizer, pending):
+        if self._goes_through_tasks(optimizer, parameters, pending):
             known, positions = named(session.models, parameters, parameters)
             return Target(parameters, known, positions, None, outer=True)
         others = self.adapted_by_others(optimizer, parameters)
@@ -121,12 +122,17 @@ class Targets:
         moves_base |= known in session.adapted_by_hand and not by_optimizer
         return Target(parameters, known, positions, base, outer=base is None and moves_base)
 
-    def _goes_through_tasks(self, optimizer: Any, pending: Pending | None) -> bool:
+    def _goes_through_tasks(
+        self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
+    ) -> bool:
         """Whether an optimizer's gradient comes through what tasks made, whatever it moves.
 
         (Learned rates, a network around the weights that adapt, a learned optimizer.) Its leaves
-        are looked for the first time only: it is an outer optimizer then, for good.
+        are looked for the first time only: it is an outer optimizer then, for good. A gradient that
+        was put there by hand may be a sum of several such, of each of its tasks.
         """
+        if pending is None and self._loop_tasks.awaits_step(parameters):
+            self._through.add(optimizer)
         if pending is not None and pending.through_task:
             pending.through = False  # this is the step it led to
             self._through.add(optimizer)
