@@ -111,7 +111,8 @@ def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None
     loss = pending.loss_of() if pending.loss_of is not None else None
     if loss is None or pending.width > 1 or task.ended or task.in_place or not task.steps:
         return  # (two nets that are trained in place, in turn, run through each other)
-    own = [t for r in (*task.inputs, *task.origins) if r is not None and (t := r()) is not None]
+    made = task.inputs or task.fast
+    own = [t for r in (*made, *task.origins) if r is not None and (t := r()) is not None]
     ids = set(map(id, own))
     others = [tensor for tensor in inputs if id(tensor) not in ids]
     alone = len(others) == len(inputs)
@@ -119,7 +120,7 @@ def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None
         return
     if not alone and pending.function != "backward":
         return
-    fast = identities(task.inputs)
+    fast = identities(made)
     pending.through_task = _reaches(
         loss.grad_fn,
         {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
