@@ -28,9 +28,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _backward_under_way = torch._C._current_graph_task_id
 
 #: Whether backwards may run in threads of their own, one a device; those of the CPU never do.
-BACKWARD_THREADS = bool(
-    torch.version.cuda or torch.version.hip or torch.backends.mps.is_built()
-)
+BACKWARD_THREADS = bool(torch.version.cuda or torch.version.hip or torch.backends.mps.is_built())
 
 
 class OnStack(Protocol):

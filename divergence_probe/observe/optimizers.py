@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from divergence_probe.observe.at_hand import are_same, mark_of
+from divergence_probe.observe.idle_optimizers import IdleOptimizers
 from divergence_probe.observe.in_place_tasks import Columns, InPlaceTasks
 from divergence_probe.observe.loops import Loops
 from divergence_probe.observe.models import KnownModel
@@ -66,6 +67,7 @@ class Optimizers:
         self._thread = _Thread()
         self._tasks = InPlaceTasks(session, loops)
         self._targets = Targets(session, self._tasks, loops.tasks)
+        self._idle = IdleOptimizers(session)
         #: Bases that no gradient can have reached yet: without one, their step is none.
         self.untouched: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         #: Called with the backward an outer step used, before that step is recorded.
@@ -253,6 +255,8 @@ class Optimizers:
         if step.outer and not self._tasks.is_declared(step):
             self._outer(step, columns)
         else:
+            idle = is_empty(step.gradients) and any(p.requires_grad for p in step.parameters)
+            self._idle.note(step.site, step.facts.name, idle)
             self._tasks.step(step, columns)
 
     def _outer(self, step: Step, columns: Columns) -> None:

@@ -19,7 +19,9 @@ class NoMetaGradient(Rule):
 
     ## What it does
     At each outer step, looks at the gradients of the base's parameters; where all are absent (or
-    exactly zero although the queries had a gradient), says which of the known reasons it is.
+    exactly zero although the queries had a gradient), says which of the known reasons it is. At the
+    end, names other optimizers that stepped and never had a gradient (a warning): of the weights
+    of samples, say.
 
     ## Why it is bad
     Meta-training does nothing. The outer optimizer steps without a gradient, silently.
@@ -70,6 +72,22 @@ class NoMetaGradient(Rule):
             if self._last and (absent or self._was_there()):
                 yield from self._describe(frame, row)
         self._note(frame, begins[-1], len(frame.block))
+        if self._last:
+            yield from self._idle(frame)
+
+    def _idle(self, frame: Frame) -> Iterator[Finding]:
+        """Optimizers beside the base's: of a weighting of samples, of learned rates, say."""
+        for event in frame.events("optimizer-without-gradient"):
+            steps, name = int(event.data["steps"]), event.data["optimizer"]
+            yield self.finding(
+                f"{name} stepped {steps} times and not one of its parameters ever had a gradient: "
+                "no outer loss reaches them",
+                severity=Severity.WARNING,
+                marks=(Mark(event.site, "step without a gradient"),) if event.site else (),
+                evidence={"steps": float(steps)},
+                fix="grads = torch.autograd.grad(loss, fast, create_graph=True)"
+                "   # or the gradient ends at the inner step",
+            )
 
     def _describe(self, frame: Frame, row: int) -> Iterator[Finding]:
         held = int((frame.block.parameters["norm_before"][row] != MISSING).sum())

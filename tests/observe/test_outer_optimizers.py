@@ -105,3 +105,51 @@ def test_losses_that_are_equal_are_no_unused_gradients():
             outer.step()
 
     assert "LR004" not in {finding.rule for finding in probe.diagnosis.findings}
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["summed", "one each"])
+def test_gradients_of_tasks_put_into_grad_by_hand_are_an_outer_step(summed):
+    """What adapts is a context; the net around it is moved by its tasks' gradients."""
+    torch.manual_seed(0)
+    net, rounds, tasks = nn.Linear(1 + 2, 1), 4, 3
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    with divergence_probe.attach() as probe:
+        for _ in range(rounds):
+            total = [torch.zeros_like(p) for p in net.parameters()]
+            for _ in range(tasks if summed else 1):
+                context, x = torch.zeros(2, requires_grad=True), torch.randn(8, 1)
+                for _ in range(2):
+                    loss = net(torch.cat([x, context.expand(8, 2)], 1)).square().mean()
+                    (gradient,) = torch.autograd.grad(loss, context, create_graph=True)
+                    context = context - 0.1 * gradient
+                query = net(torch.cat([x, context.expand(8, 2)], 1)).square().mean()
+                gradients = torch.autograd.grad(query, list(net.parameters()))
+                total = [t + g for t, g in zip(total, gradients, strict=True)]
+            for parameter, gradient in zip(net.parameters(), total, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    summary = probe.diagnosis.summary
+    assert summary.tasks == rounds * (tasks if summed else 1)
+    assert summary.outer_steps == rounds
+
+
+def test_an_optimizer_that_idles_is_named_only_where_it_never_had_a_gradient():
+    """One may wait for its turn; one that is fed nothing all along is a mistake."""
+    torch.manual_seed(0)
+    net, idle, late, frozen = (nn.Linear(2, 1) for _ in range(4))
+    frozen.requires_grad_(False)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (idle, late, frozen)]
+    with divergence_probe.attach() as probe:
+        for task in range(6):
+            fast = list(net.parameters())
+            for _ in range(2):
+                loss = torch.nn.functional.linear(torch.randn(8, 2), *fast).square().mean()
+                gradients = torch.autograd.grad(loss, fast, create_graph=True)
+                fast = [w - 0.1 * g for w, g in zip(fast, gradients, strict=True)]
+            if task > 3:
+                late(torch.randn(8, 2)).square().mean().backward()
+            optimizers[0].step()
+            optimizers[1].step()
+            optimizers[2].step()
+    events = [e for e in probe.recording.events() if e.kind == "optimizer-without-gradient"]
+    assert [event.data["steps"] for event in events] == [6]

@@ -125,3 +125,21 @@ def test_graphs_that_are_kept():
     assert place(finding) == ("graph-retained", Severity.WARNING, None, 4, None)
     assert finding.evidence["tasks"] == 3.0 and finding.marks[0].site == HERE
     assert silent("MEM001", make(inner(), events=[start(4)]))
+
+
+def idle_optimizer(steps=20):
+    return Event(
+        "optimizer-without-gradient", -1, -1, 9.0, OUTER_SITE, {"steps": steps, "optimizer": "Adam"}
+    )
+
+
+def test_an_optimizer_that_never_had_a_gradient():
+    finding = one("MG001", make(inner(), events=[start(), idle_optimizer()]))
+
+    assert place(finding) == ("no-meta-gradient", Severity.WARNING, None, None, None)
+    assert "Adam stepped 20 times" in finding.message
+    assert finding.marks[0].site == OUTER_SITE
+
+
+def test_an_optimizer_without_gradients_where_there_is_no_inner_loop():
+    assert silent("MG001", make(inner(), events=[idle_optimizer()]))
