@@ -248,7 +248,7 @@ class _Watch:
         self._writer = Writer(folder, self._meta(), rank, force=self._probe._force)
         self._lines = InnerLines()
         self._session = Session(self, Guard(), rank)
-        self._session.eager = self._probe._raise_on is not None
+        self._session.rows.eager = self._probe._raise_on is not None
         self._session.inner = self._probe._inner
         for model in models:
             self._session.models.register(model)

@@ -1,27 +1,22 @@
-"""What is known of the run right now: open tasks, pending rows, and the way out to the recording.
+"""What is known of the run right now: open tasks, and what is common to all who look at them.
 
 Instruments and library adapters report here in the words of the field (a task starts, an inner step
-was taken, the outer optimizer stepped); the session gives indices, keeps rows by reference and
-closes a block when 1024 rows or much memory are pending, about once a second, or when a loss turns
-non-finite (at every task's end and row where the user is to be stopped at the first finding).
+was taken, the outer optimizer stepped); the session gives indices, and what is to be measured goes
+to the pending rows.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from divergence_probe.observe.at_hand import no_difference, waits_for_nothing, worth_a_wait
+from divergence_probe.observe.at_hand import no_difference, worth_a_wait
 from divergence_probe.observe.callsite import CallSites
 from divergence_probe.observe.capture import (
     NO_FORWARDS,
@@ -32,37 +27,17 @@ from divergence_probe.observe.capture import (
 from divergence_probe.observe.guard import Guard
 from divergence_probe.observe.models import KnownModel, Models, is_compiled
 from divergence_probe.observe.naming import LayerNames
+from divergence_probe.observe.pending_rows import PendingRows, Sink
 from divergence_probe.observe.retention import Retention
 from divergence_probe.observe.snapshot import shapes_of
-from divergence_probe.observe.statistics import build_block
 from divergence_probe.observe.task import Task, ThreadForwards
 from divergence_probe.record.schema import (
     FLAGS,
     OUTER,
     QUERY,
     SUPPORT,
-    Block,
     Event,
-    Layout,
-    empty_block,
-    joined,
 )
-
-_ROWS_PER_BLOCK = 1024
-_BYTES_PER_BLOCK = 32 * 2**20
-# Rows whose tensors are kept: fewer would be measured with as many calls, more leave the caches.
-_ROWS_AT_ONCE = 128
-# Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
-_SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
-_SHARE_OF_TIME = 0.003
-_ROWS_HELD = 32
-
-
-class Sink(Protocol):
-    """Where measured blocks go: the writer and the rules."""
-
-    def block(self, block: Block) -> None:
-        """Take a closed block; may raise DivergenceDetected when the user asked for it."""
 
 
 class Session:
@@ -78,16 +53,15 @@ class Session:
         self.guard = guard
         self.models = Models()
         self.sites = CallSites()
+        self.rows = PendingRows(sink, self.models.layouts, self.sites.table, rank)
         self.loose = ThreadForwards()
         self.open: list[Task] = []
         self.adapters: list[str] = []
         self.bases: set[KnownModel] = set()
         self.incomplete: dict[str, None] = {}
-        self.eager = False
         self.phase: str | None = None
         self.label: str | None = None
         self.closing: list[Callable[[], None]] = []
-        self.measured: list[Callable[[Block], None]] = []
         #: Instruments that others ask for, by class. (Kept here and nowhere else: they refer to the
         #: session, so that in a table of sessions, even a weak one, none would ever be let go.)
         self.instruments: dict[type, object] = {}
@@ -108,23 +82,11 @@ class Session:
         self.layer_names = LayerNames(self.models)
         self.name_forwards = self.layer_names.give
         self._last_rows: dict[int, Row] = {}
-        self._sizes: dict[tuple[int, int], int] = {}
-        self._sink = sink
-        self._rank = rank
-        self._started = self._flushed = time.perf_counter()
-        self._pause = _SECONDS_PER_BLOCK
+        self._started = time.perf_counter()
         self._indices = itertools.count()
-        self._rows: list[Row] = []
-        self._aside: list[Row] = []
-        self._parts: list[Block] = []
-        self._measured_rows = 0
         self._cut_short = 0
         self._copied: tuple[Task | None, set[int]] = (None, set())
         self._taking_turns: set[KnownModel] = set()
-        self._room = _BYTES_PER_BLOCK
-        self._layout = -1
-        self._events: list[Event] = []
-        self._lock = threading.RLock()
 
     # -- what happened ------------------------------------------------------------------------
 
@@ -134,7 +96,7 @@ class Session:
 
     def event(self, kind: str, task: Task | None = None, site: int = -1, **data: Any) -> None:
         """Something that happened once."""
-        self._events.append(
+        self.rows.events.append(
             Event(
                 kind,
                 task.index if task is not None else -1,
@@ -345,7 +307,7 @@ class Session:
         ]
         self.event("outer-step", None, site, without_gradient=missing, **data)
         if around:
-            self._set_aside(row)
+            self.rows.set_aside(row)
         else:
             self._add(row, None)
 
@@ -418,7 +380,7 @@ class Session:
         kept = self._retention.ended(task.site, [*task.fast, *task.began])
         if kept is not None:
             self.event("graph-retained", task, kept[1], tasks=kept[0])
-        if self.eager or time.perf_counter() - self._flushed > self._pause:
+        if self.rows.is_due():
             self.flush()
 
     def discard(self, task: Task) -> None:
@@ -449,21 +411,9 @@ class Session:
                 if task.in_place and task.base is not None:
                     self._note_whose(row.forwards, task, task.base)
             if task.provisional:
-                self._hold(task, row)
+                self.rows.hold(task, row)
                 return
-        with self._lock:
-            if row.layout != self._layout:
-                if self._rows:
-                    self.flush()
-                self._layout = row.layout
-            self._rows.append(row)
-            self._room -= self._room_of(row)
-            loss = row.loss
-            alarming = not math.isfinite(loss) if type(loss) is float else _alarming(loss)
-            if alarming or self.eager:
-                self.flush()
-            elif self._room < 0:
-                self._make_room(row)
+        self.rows.add(row)
 
     def _note_whose(self, forwards: Forwards, task: Task, base: KnownModel) -> None:
         """Whether the statistics of a copy are the base's, or all tasks' at least.
@@ -481,95 +431,9 @@ class Session:
             for call in forwards.normalizations:
                 call.shared &= call.buffers in base.buffer_ids
 
-    def _set_aside(self, row: Row) -> None:
-        """Keep an outer step of what no task adapts until the block of the tasks is closed.
-
-        It gets a block of its own, for a block has one layout; in its place in the order of time
-        that would end the block of the tasks at every outer step.
-        """
-        with self._lock:
-            if not self._rows or row.layout == self._layout:
-                self._add(row, None)
-                return
-            self._aside.append(row)
-            self._room -= self._room_of(row)
-            if self.eager or self._room < 0:
-                self.flush()
-
-    def _make_room(self, latest: Row) -> None:
-        """Measure what is pending, but for the last row: a second optimizer may still complete it.
-
-        A block is closed once enough of its rows are measured.
-        """
-        if self._measured_rows + len(self._rows) > _ROWS_PER_BLOCK:
-            self.flush()
-            return
-        self._part(self._rows[:-1])
-        self._rows = [latest]
-        self._room = _BYTES_PER_BLOCK - self._room_of(latest)
-
-    def _room_of(self, row: Row) -> int:
-        """What a row takes of the bytes that may be kept alive, so that few enough are pending."""
-        if row.before is row.after:  # (a query keeps no weights)
-            return _BYTES_PER_BLOCK // _ROWS_AT_ONCE
-        known = self._sizes.get((row.layout, row.width))
-        if known is None:
-            size = 3 * row.width * _bytes_of(self.models.layouts[row.layout])
-            known = max(size, _BYTES_PER_BLOCK // _ROWS_AT_ONCE)
-            self._sizes[row.layout, row.width] = known
-        return known
-
-    def _hold(self, task: Task, row: Row) -> None:
-        """Keep a provisional task's row, but never many: ordinary training goes on for ever."""
-        row.previous = None if len(task.held) >= _ROWS_HELD else row.previous
-        task.held.append(row)
-        if len(task.held) > _ROWS_HELD or self._room_of(row) * len(task.held) > _BYTES_PER_BLOCK:
-            del task.held[0]
-            task.held[0].previous = None
-
     def flush(self) -> None:
-        """Measure the pending rows and hand them on as a block."""
-        started = time.perf_counter()
-        with self._lock:
-            rows, self._rows = self._rows, []
-            aside, self._aside = self._aside, []
-            self._measured_rows, self._room = 0, _BYTES_PER_BLOCK
-            events, self._events = self._events, []
-            if not rows and not events:
-                return
-            blocks = [self._block(rows, events)]
-            for layout in dict.fromkeys(row.layout for row in aside):
-                blocks.append(self._block([row for row in aside if row.layout == layout], []))
-        for block in blocks:
-            self._sink.block(block)
-        self._flushed = time.perf_counter()
-        wanted = (self._flushed - started) / _SHARE_OF_TIME
-        self._pause = min(max(_SECONDS_PER_BLOCK, wanted), _SECONDS_AT_MOST)
-
-    def _block(self, rows: list[Row], events: list[Event]) -> Block:
-        """What is measured of the pending rows of one layout, with the rest of them."""
-        self._part(rows)
-        parts, self._parts = self._parts, []
-        block = joined(parts, events) if parts else self._empty(events)
-        for measured in self.measured:
-            measured(block)
-        return block
-
-    def _part(self, rows: list[Row]) -> None:
-        """Measure some rows of the block to come, and let go of their tensors."""
-        if not rows:
-            return
-        layout = self.models.layouts[rows[0].layout]
-        with _no_user_modes():
-            self._parts.append(build_block(rows, layout, self.sites.table, [], self._rank))
-        self._measured_rows += len(rows)
-        for row in rows:
-            row.previous = row.preceding = None
-
-    def _empty(self, events: list[Event]) -> Block:
-        layouts = self.models.layouts
-        layout = layouts[0] if layouts else Layout(0, "", ())
-        return empty_block(layout, self.sites.table, events, self._rank)
+        """Measure what is pending and hand it on."""
+        self.rows.flush()
 
     def cut_off(self) -> None:
         """An exception ended the run: a copy in its first task had no chance to be followed."""
@@ -586,28 +450,3 @@ class Session:
         if kept is not None:
             self.event("graph-retained", None, kept[1], tasks=kept[0])
         self.flush()
-
-
-def _bytes_of(layout: Layout) -> int:
-    """What one set of a layout's parameters takes."""
-    return sum(
-        math.prod(info.shape) * getattr(torch, info.dtype).itemsize for info in layout.parameters
-    )
-
-
-def _alarming(loss: Number) -> bool:
-    """Whether a loss is visibly non-finite, looked at only where that needs no GPU sync."""
-    if loss is None:
-        return False
-    if isinstance(loss, Tensor):
-        if not waits_for_nothing(loss) or loss.numel() != 1:
-            return False
-        loss = loss.item()
-    return not math.isfinite(loss)
-
-
-def _no_user_modes() -> AbstractContextManager[Any]:
-    """A user's dispatch mode (a flop counter, say) must not see our arithmetic."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return nullcontext()
-    return _disable_current_modes()

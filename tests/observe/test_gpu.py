@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import divergence_probe
-from divergence_probe.observe import session
+from divergence_probe.observe import pending_rows
 from tests.observe.test_harmless import LOOPS, Net, by_hand, vmapped, with_higher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -46,7 +46,7 @@ def waits(run):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_only_measuring_waits_for_the_device(loop, net, monkeypatch):
-    original, measured = session.build_block, []
+    original, measured = pending_rows.build_block, []
 
     def measuring(*arguments):
         torch.cuda.set_sync_debug_mode("default")
@@ -54,7 +54,7 @@ def test_only_measuring_waits_for_the_device(loop, net, monkeypatch):
         torch.cuda.set_sync_debug_mode("warn")
         return measured[-1]
 
-    monkeypatch.setattr(session, "build_block", measuring)
+    monkeypatch.setattr(pending_rows, "build_block", measuring)
     loop(net)  # what is made on first use (cuBLAS) has been made
 
     def watched():
@@ -70,7 +70,7 @@ def test_only_measuring_waits_for_the_device(loop, net, monkeypatch):
 
 def test_a_block_waits_for_the_device_a_few_times(net, monkeypatch):
     """Not once a step, a layer or a parameter."""
-    original, counts, rows = session.build_block, [], []
+    original, counts, rows = pending_rows.build_block, [], []
 
     def measuring(*arguments):
         rows.append(len(arguments[0]))
@@ -78,7 +78,7 @@ def test_a_block_waits_for_the_device_a_few_times(net, monkeypatch):
         counts.append(waits(lambda: result.append(original(*arguments))))
         return result[0]
 
-    monkeypatch.setattr(session, "build_block", measuring)
+    monkeypatch.setattr(pending_rows, "build_block", measuring)
     with divergence_probe.attach() as probe:
         for _ in range(10):
             with_higher(net)

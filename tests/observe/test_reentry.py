@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 import divergence_probe
-from divergence_probe.observe import session as sessions
+from divergence_probe.observe.pending_rows import BYTES_PER_BLOCK, PendingRows
 from divergence_probe.observe.session import Session
 
 TASKS, STEPS = 6, 3
@@ -177,14 +177,14 @@ def test_tensors_of_a_class_of_the_users_are_noted_once():
 
 def test_what_is_kept_is_bounded_whatever_the_first_row_was_like(monkeypatch):
     kept = []
-    part = Session._part
+    part = PendingRows._part
 
     def measured(self, rows):
         sets = [values for row in rows for values in (row.before, row.after, row.gradients)]
         kept.append(sum(t.numel() * t.element_size() for v in sets for t in v if t is not None))
         part(self, rows)
 
-    monkeypatch.setattr(Session, "_part", measured)
+    monkeypatch.setattr(PendingRows, "_part", measured)
     net, x = nn.Linear(200, 100), torch.randn(32, 200)
 
     def step(weights, x):
@@ -195,7 +195,7 @@ def test_what_is_kept_is_bounded_whatever_the_first_row_was_like(monkeypatch):
         step(list(net.parameters()), x)
         for _ in range(20):
             torch.func.vmap(step, in_dims=(None, 0))(list(net.parameters()), x)
-    assert max(kept) < 2 * sessions._BYTES_PER_BLOCK
+    assert max(kept) < 2 * BYTES_PER_BLOCK
 
 
 def test_an_error_of_ours_does_not_reach_a_run_where_warnings_are_errors(monkeypatch, capsys):

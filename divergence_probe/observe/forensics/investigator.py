@@ -69,7 +69,7 @@ class Investigator:
         self._looks = 0
         self._off = False
         session.closing.append(self._reporter.close)
-        session.measured.append(self._measured)
+        session.rows.measured.append(self._measured)
 
     # -- around a gradient call -------------------------------------------------------------------
 

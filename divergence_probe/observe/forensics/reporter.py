@@ -68,7 +68,7 @@ class Reporter:
         self.waiting.append(fault)
         if fault.line < 0:
             self._give_line(fault, window)
-        if self._session.eager or self._complete(fault):
+        if self._session.rows.eager or self._complete(fault):
             self._release(fault)
         if fault in self.waiting:
             self.case.armed = min(_ARMED_CALLS, self._budget)
