@@ -62,6 +62,7 @@ class ModesDiffer(Rule):
         self._waiting: list[Finding] = []
         # of tasks before the first outer step, that began on untrained statistics
         self._fresh: list[Finding] | None = []
+        self._begun_trained = False  # whether a later task began on trained statistics
         self._queries_trained = False
 
     def check(self, frame: Frame) -> Iterator[Finding]:
@@ -97,6 +98,7 @@ class ModesDiffer(Rule):
             if taken[row] or not self._predicts(frame, row, found[row][0]):
                 yield finding
             elif not self._is_untrained(frame, row):
+                self._begun_trained |= (frame.block.rank, finding.task) not in self._untrained
                 self._waiting.append(finding)
             elif self._fresh is None:
                 yield finding
@@ -142,8 +144,12 @@ class ModesDiffer(Rule):
             yield finding if used else replace(finding, severity=Severity.INFO)
 
     def finish(self) -> Iterator[Finding]:
-        """What no outer step followed were predictions."""
-        yield from self._fresh or []
+        """What no outer step followed were predictions.
+
+        Models that keep statistics of their own (each client has one) begin with untrained ones.
+        """
+        for finding in self._fresh or []:
+            yield replace(finding, severity=Severity.INFO) if self._begun_trained else finding
         for finding in self._waiting:
             yield replace(finding, severity=Severity.INFO)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -21,7 +22,8 @@ class OptimizerStateCarriedOver(Rule):
     Looks at the inner optimizer's state when a task begins: a step count or a moment buffer that is
     there already belongs to another task. Where the program itself put it there, with
     `load_state_dict`, or where the weights are not reset either but moved on (Reptile, Lookahead),
-    this is a remark: it may be meant.
+    this is a remark: it may be meant. So it is where outer steps follow what the inner loops came
+    to, and no query (federated workers that keep their optimizers).
 
     ## Why it is bad
     The first steps of a task go where the task before was heading. Weights are reset between tasks,
@@ -50,10 +52,13 @@ class OptimizerStateCarriedOver(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._single_steps: dict[int, bool] = {}  # by rank: whether every task so far had one step
+        # by rank: whether a query was asked since the last outer step; whether that used none
+        self._outer_steps: dict[int, tuple[bool, bool]] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task that begins with a used optimizer."""
         yield from self._by_hand(frame)
+        averaged = self._averaged(frame)
         for event in frame.events("task-start"):
             if not event.data.get("carried_state") or event.data.get("continues"):
                 continue
@@ -67,6 +72,7 @@ class OptimizerStateCarriedOver(Rule):
             elif event.data.get("moved_on"):
                 whence += ", as do the weights (moved in between, not reset)"
             meant = loaded or event.data.get("moved_on") or event.data.get("trains_base")
+            meant = meant or averaged(event.seconds)
             yield self.finding(
                 f"task {event.task} begins with a used {name}{since}: its moments {whence}",
                 severity=Severity.INFO if meant else self.severity,
@@ -79,6 +85,20 @@ class OptimizerStateCarriedOver(Rule):
                 else (),
                 fix="Create the inner optimizer anew for every task.",
             )
+
+    def _averaged(self, frame: Frame) -> Callable[[float], bool]:
+        """Tells of a time whether the outer step before it used no query."""
+        rank, seconds = frame.block.rank, frame.block.scalars["seconds"]
+        asked, last = self._outer_steps.get(rank, (False, False))
+        times, kinds = [-np.inf], [last]
+        taken = frame.query & (frame.block.scalars["site"] >= 0)
+        for row in np.flatnonzero(taken | frame.outer).tolist():
+            if frame.outer[row]:
+                times.append(float(seconds[row]))
+                kinds.append(not asked)
+            asked = bool(taken[row])
+        self._outer_steps[rank] = asked, kinds[-1]
+        return lambda time: kinds[bisect.bisect_left(times, time) - 1]
 
     def _by_hand(self, frame: Frame) -> Iterator[Finding]:
         """Hand-written momentum: a first step that goes on along the task before's last one.

@@ -128,6 +128,15 @@ def test_a_prediction_from_statistics_that_do_not_fit():
     assert one("MODE001", still).severity is Severity.WARNING
 
 
+def test_the_first_of_several_models_predicts_with_what_one_task_has_trained():
+    """Each client has statistics of its own; a later task of theirs begins on trained ones."""
+    first = inner(**train(bn_untrained=1)), predicted(**evaluated())
+    later = inner(1, **train()), predicted(1, **evaluated())
+    assert one("MODE001", make(*first, *later, batch_norms=NORMS)).severity is Severity.INFO
+    fresh = inner(1, **train(bn_untrained=1)), predicted(1, **evaluated())
+    assert one("MODE001", make(*first, *fresh, batch_norms=NORMS)).severity is Severity.WARNING
+
+
 def test_a_prediction_in_train_mode_after_adapting_in_eval_mode():
     block = make(inner(**evaluated()), predicted(**train()), batch_norms=NORMS)
     assert one("MODE001", block).severity is Severity.WARNING

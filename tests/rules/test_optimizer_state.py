@@ -5,7 +5,7 @@ import pytest
 from divergence_probe.record.schema import FLAGS, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, OUTER_SITE, inner, make, one, outer, place, silent, start
+from .blocks import HERE, OUTER_SITE, inner, make, one, outer, place, query, silent, start
 
 
 def test_a_used_optimizer():
@@ -24,6 +24,17 @@ def test_a_state_that_was_loaded_is_meant():
     finding = one("OPT001", make(inner(2), events=[event]))
 
     assert finding.severity is Severity.INFO and "were loaded into it" in finding.message
+
+
+def test_a_used_optimizer_where_outer_steps_use_no_query():
+    """What they follow is what the inner loops came to: a worker may well keep its optimizer."""
+    used = start(2, seconds=2.5, carried_state=True, carried_steps=5, optimizer="AdamW")
+    rows = [inner(), inner(1), outer(), inner(2)]
+    assert one("OPT001", make(*rows, events=[used])).severity is Severity.INFO
+    rows[1] = query(site=1)
+    assert one("OPT001", make(*rows, events=[used])).severity is Severity.WARNING
+    rows[1] = query(site=-1)  # a prediction
+    assert one("OPT001", make(*rows, events=[used])).severity is Severity.INFO
 
 
 def test_a_fresh_optimizer_or_one_that_means_to_go_on():
