@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import sysconfig
 from pathlib import Path
@@ -22,6 +23,8 @@ _LIBRARIES = (
     "accelerate",
     "optree",
 )
+# What they are installed as, where that is another name.
+_INSTALLED_AS = {"betty": "betty-ml", "pytorch_lightning": "pytorch-lightning"}
 # Code objects remembered at once.
 _CODES_KNOWN = 1 << 14
 
@@ -86,9 +89,24 @@ class CallSites:
             return not filename.startswith(("<stdin>", "<ipython", "<string>"))
         if filename.startswith(_PACKAGE):
             return not filename.startswith(_PACKAGE + "/demo/")
-        if filename.startswith(self._packages):
+        if filename.startswith(self._packages) or _installed_elsewhere(filename):
             return True
         return filename.startswith(self._standard) and "site-packages" not in filename
+
+
+def _installed_elsewhere(filename: str) -> bool:
+    """Whether a file is of a library that was installed into no usual place, or from a checkout.
+
+    (A user's own package may have a library's name: it is not installed under that.)
+    """
+    for name in _LIBRARIES:
+        places = getattr(sys.modules.get(name), "__path__", ())
+        if any(filename.startswith(f"{place}/") for place in places):
+            try:
+                return bool(importlib.metadata.distribution(_INSTALLED_AS.get(name, name)))
+            except importlib.metadata.PackageNotFoundError:
+                return False
+    return False
 
 
 def _site_roots() -> list[str]:
