@@ -209,6 +209,13 @@ def test_export_says_what_it_cannot_write(recording: Path, capsys: Captured) -> 
         assert message in capsys.readouterr().err
 
 
+def test_demo_without_its_library_says_what_to_install(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    assert main(["demo"]) == 2
+    assert "pip install higher" in capsys.readouterr().err
+
+
 def test_demo_shows_the_fault_and_its_healthy_twin(tmp_path: Path) -> None:
     ended = probe(tmp_path, "demo")
     assert ended.returncode == 0, ended.stderr

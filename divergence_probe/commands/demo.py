@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from divergence_probe.commands.base import Command
+from divergence_probe.errors import ProbeError
 
 _INTRODUCTIONS = {
     "eval": "1 of 2: meta-test with net.eval(). BatchNorm then uses statistics that were never "
@@ -30,6 +32,11 @@ class Demo(Command):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Run the demo script in both modes, each in its own process."""
+        if importlib.util.find_spec("higher") is None:
+            raise ProbeError(
+                "the demo trains with the library higher, which is not installed here: "
+                "pip install higher"
+            )
         script = Path(__file__).resolve().parent.parent / "demo" / "glyph_maml.py"
         ended = {}
         for mode, introduction in _INTRODUCTIONS.items():
