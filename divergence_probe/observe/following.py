@@ -52,7 +52,7 @@ class Follower(TorchFunctionMode):
         self._recital: Recital | None = None
         self._learning: list[Heard] | None = None
         self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
-        self._cut: set[int] = set()
+        self._cut: dict[int, weakref.ref[Tensor]] = {}
         # what is a candidate in another shape, and which one
         self._reshaped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         # what is made of gradients and not of their parameters, and what else it is made of
@@ -144,7 +144,7 @@ class Follower(TorchFunctionMode):
         self._pending = self._recital = self._learning = None
         self._gradients = []
         if self._tags:
-            self._tags, self._storages, self._cut, self._reshaped = {}, {}, set(), {}
+            self._tags, self._storages, self._cut, self._reshaped = {}, {}, {}, {}
             self._steps = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,7 +257,7 @@ class Follower(TorchFunctionMode):
         if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
             return
         if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
-            _note_clipping(pending, operation, plain(args[0]), plain(result))
+            _note_clipping(pending, operation, plain(args[0]), plain(result), (args, kwargs))
         if gradients and operation.escapes:
             pending.escaped = True
         both = parameters & gradients
@@ -266,7 +266,7 @@ class Follower(TorchFunctionMode):
             self._note_step(args, kwargs, result)
         for tensor in _results(result):
             if cut and gradients:
-                self._cut.add(id(tensor))
+                self._cut[id(tensor)] = weakref.ref(tensor)
             self._made(pending, tensor, parameters, gradients)
             if operation.reshapes and args and parameters & gradients:
                 self._reshape(pending, args[0], tensor, parameters & gradients)
@@ -296,11 +296,16 @@ class Follower(TorchFunctionMode):
             tag = self._tags.get(id(tensor))
             if tag is not None and tag[0]() is tensor:
                 parameters, gradients = parameters | tag[1], gradients | tag[2]
-                cut |= bool(tag[2]) and id(tensor) in self._cut
+                cut |= bool(tag[2]) and self._is_cut(tensor)
                 steps += [tensor] * bool(tag[2])
                 for index in tag[1] & tag[2]:  # it may be an updated parameter
                     self._used(pending, index, tensor, operation, args)
         return parameters, gradients, steps, cut
+
+    def _is_cut(self, tensor: Tensor) -> bool:
+        """Whether it was made by an operation that ends the graph."""
+        reference = self._cut.get(id(tensor))
+        return reference is not None and reference() is tensor
 
     def _is_activation(
         self, pending: Pending, operation: Operation, parameters: frozenset[int]
@@ -464,7 +469,7 @@ class Follower(TorchFunctionMode):
                 for candidate in known
             ):
                 value = batched(tensor, pending.width).detach()
-                known.append(Candidate(weakref.ref(tensor), value, id(tensor) in self._cut))
+                known.append(Candidate(weakref.ref(tensor), value, self._is_cut(tensor)))
 
     def _used(
         self, pending: Pending, index: int, tensor: Tensor, operation: Operation, args: Any
@@ -519,8 +524,20 @@ def _is_uncounted(target: Tensor, parameter: Tensor, operation: Operation) -> bo
     return operation.name == "data.__set__" or changes_of(target) != changes_of(parameter)
 
 
-def _note_clipping(pending: Pending, operation: Operation, given: Tensor, made: Tensor) -> None:
-    """A gradient was clipped by hand; whether that changed it is read later if not at hand."""
+def _note_clipping(
+    pending: Pending, operation: Operation, given: Tensor, made: Tensor, arguments: Any
+) -> None:
+    """A gradient was clipped by hand; whether that changed it is read later if not at hand.
+
+    By its norm where it is a factor that is bounded, by one: one below that bound shrinks it. Other
+    single numbers made of gradients (a norm that is kept from zero) are no gradients.
+    """
+    if given.dim() == 0:
+        positional, named = arguments
+        bounds = [*positional[1:], *(named or {}).values()]
+        if not any(isinstance(bound, int | float) and bound == 1 for bound in bounds):
+            return
+        given = torch.ones_like(made)
     pending.flags |= FLAGS["clippable"]
     if operation.in_place or (waits_for_nothing(given) and not torch.equal(made, given)):
         pending.flags |= FLAGS["clipped"]

@@ -79,6 +79,7 @@ class InTurn:
         task: Task,
         parameters: Sequence[Tensor],
         pending: Pending | None,
+        adapts: bool,
     ) -> bool:
         """Whether an optimizer's step is the outer one of weights that others adapt.
 
@@ -87,8 +88,9 @@ class InTurn:
             task: the latest in which another one adapted them.
             parameters: what it moves.
             pending: the backward it acts on; None where its gradients were put there by hand.
+            adapts: whether it adapts them, too: then it is not the outer one for good.
         """
-        if self.was_outer(optimizer, task.known):
+        if not adapts and self.was_outer(optimizer, task.known):
             return True
         if pending is None:
             elsewhere = any(parameter.grad is not None for parameter in parameters)
@@ -96,7 +98,8 @@ class InTurn:
             elsewhere = pending.point is not None and pending.point.was_left(parameters)
         if not elsewhere or not _is_back(task, parameters):
             return False
-        self.note_outer(optimizer, task.known)
+        if not adapts:
+            self.note_outer(optimizer, task.known)
         self.moved.add(task.known)
         return True
 

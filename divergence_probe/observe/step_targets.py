@@ -59,8 +59,9 @@ class Targets:
         if moved is None or self._trains(optimizer, moved[0], pending):
             return self._identify(optimizer, parameters, pending)
         known, places = moved
-        if pending is None or not pending.reached(parameters):
-            self._in_turn.note_outer(optimizer, known)  # (its gradient was handed to it)
+        handed = pending is None or not pending.reached(parameters)
+        if handed and optimizer not in self._tasks.of:
+            self._in_turn.note_outer(optimizer, known)
         own = [parameters[index] for index in places]
         return Target(own, known, list(places.values()), None, outer=True)
 
@@ -105,7 +106,10 @@ class Targets:
             known, positions = named(session.models, parameters, parameters)
             return Target(parameters, known, positions, None, outer=True)
         others = self.adapted_by_others(optimizer, parameters)
-        if others is not None and self._in_turn.is_outer(optimizer, others, parameters, pending):
+        adapts = optimizer in self._tasks.of
+        if others is not None and self._in_turn.is_outer(
+            optimizer, others, parameters, pending, adapts
+        ):
             return Target(parameters, others.known, others.positions, None, outer=True)
         task = self._tasks.of.get(optimizer)
         if task is not None and not task.ended and task.adapts(parameters):

@@ -158,8 +158,12 @@ class _Learners:
 
 def _learning_rate(learner: Any) -> Number:
     rates = getattr(learner, "lrs", None)
-    if rates is not None:  # MetaSGD: one rate an element; the largest, as for parameter groups
-        largest = [rate.detach().max() for rate in rates if rate.numel()]
-        return torch.stack(largest).max() if largest else None
+    if rates is not None:  # MetaSGD: one rate an element; the largest, whatever its sign
+        ends = [torch.aminmax(rate.detach()) for rate in rates if rate.numel()]
+        if not ends:
+            return None
+        lowest = torch.stack([low for low, _ in ends]).min()
+        highest = torch.stack([high for _, high in ends]).max()
+        return torch.where(highest < -lowest, lowest, highest)
     rate = learner.lr
     return rate.detach() if isinstance(rate, Tensor) else float(rate)
