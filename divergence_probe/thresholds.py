@@ -79,7 +79,8 @@ CATALOGUE: tuple[Threshold, ...] = (
     Threshold(
         "meta-gradient-growth",
         1e3,
-        "norm of the meta-gradient over the largest query or inner gradient of its tasks",
+        "norm of the meta-gradient over the scale of its inner loops: the largest inner gradient, "
+        "or loss over norm of the weights",
         "The unroll's Jacobians multiply: contracting inner loops give a factor below the number "
         "of steps.",
     ),

@@ -218,11 +218,16 @@ def _are_at_hand(values: Sequence[Tensor]) -> bool:
 
 
 def _flat(values: Sequence[Tensor]) -> list[Tensor]:
-    """One vector of all that is small, or one for each parameter: equally for equal shapes."""
+    """One vector of all that is small, or one for each parameter.
+
+    Equally for equal shapes, however they are kept: what tasks adapt of a model may have been
+    copied together, and where they came to be a part of more.
+    """
+    if elements_of(values) > MOST_TOGETHER:
+        return [value.reshape(-1) for value in values]
     if isinstance(values, Snapshot):
         return [values.vector]
-    vectors = [value.reshape(-1) for value in values]
-    return [torch.cat(vectors)] if elements_of(values) <= MOST_TOGETHER else vectors
+    return [torch.cat([value.reshape(-1) for value in values])]
 
 
 def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING
+from divergence_probe.record.schema import MISSING, Array
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import known, whole
@@ -149,8 +149,11 @@ class MetaGradientExplosion(Rule):
 
     ## What it does
     Compares the norm of the gradient at each outer step with the largest inner gradient since the
-    outer step before. Differentiating through an unroll multiplies one Jacobian a step; where the
-    product grows, so does the meta-gradient, with inner loops that look healthy.
+    outer step before, or with the one that the losses would have over the length of the weights
+    (``|loss| / ||w||``: where an inner loop has converged, as one that goes on from the last
+    weights, its own gradients are next to nothing). Differentiating through an unroll multiplies
+    one Jacobian a step; where the product grows, so does the meta-gradient, with inner loops that
+    look healthy.
 
     ## Why it is bad
     The outer step follows chaos: its direction is noise and its size what clipping makes of it.
@@ -195,7 +198,7 @@ class MetaGradientExplosion(Rule):
             largest[0], steps[0], second[0] = self._largest, self._steps, self._second_order
         self._used = alone
         inner = np.where(frame.outer | ~np.isfinite(norms), 0.0, norms)
-        np.maximum.at(largest, stretch, inner)
+        np.maximum.at(largest, stretch, np.fmax(inner, _over_its_weights(frame)))
         np.maximum.at(steps, stretch, np.where(frame.outer, 0.0, frame.step + 1))
         second[stretch[frame.flagged("second_order") & ~frame.outer]] = True
         if alone:  # the inner steps before each of them were in the frame before
@@ -215,7 +218,7 @@ class MetaGradientExplosion(Rule):
         return self.at(
             frame,
             row,
-            f"the meta-gradient has norm {norm:.3g}, the largest inner gradient {largest:.3g}"
+            f"the meta-gradient has norm {norm:.3g}, the inner loops' own scale is {largest:.3g}"
             f": × {rate:.2f} for each of {steps:.0f} unrolled steps",
             f"meta-gradient norm {norm:.3g}",
             evidence={
@@ -225,6 +228,14 @@ class MetaGradientExplosion(Rule):
             },
             fix="Unroll fewer inner steps, or lower the inner learning rate.",
         )
+
+
+def _over_its_weights(frame: Frame) -> Array:
+    """``[S]`` the gradient that each inner loss would have over the length of its weights."""
+    loss, length = np.abs(frame.block.scalars["loss"]), whole(frame, "norm_before")
+    with np.errstate(all="ignore"):
+        scale = np.where(frame.support & (length > 0), loss / length, 0.0)
+    return np.where(np.isfinite(scale), scale, 0.0)
 
 
 class FirstOrderOnly(Rule):

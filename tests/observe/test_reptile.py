@@ -211,3 +211,27 @@ def averaged_aside(net):
 @pytest.mark.parametrize("loop", [averaged_once, damped, averaged_aside])
 def test_ordinary_training_stays_unobserved(loop):
     assert summary(network(), loop).tasks == 0
+
+
+@pytest.mark.parametrize("width", [16, 300], ids=["small", "large"])
+@pytest.mark.parametrize("copied", [True, False], ids=["copies", "in place"])
+def test_a_part_of_a_model_adapts(width, copied):
+    """A frozen layer, say: what is kept of the rest is one vector, or one each, on both sides."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 40), nn.Linear(40, 3))
+    net[0].requires_grad_(False)
+    kept = copy.deepcopy(net.state_dict())
+    with divergence_probe.attach(net) as probe:
+        for _ in range(6):
+            net.load_state_dict(kept)
+            learner = copy.deepcopy(net) if copied else net
+            rest = [p for p in learner.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(rest, lr=0.1)
+            for _ in range(5):
+                optimizer.zero_grad()
+                x, y = torch.randn(10, 8), torch.randint(0, 3, (10,))
+                F.cross_entropy(learner(x), y).backward()
+                optimizer.step()
+    assert probe.failure is None
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (6, 30)

@@ -143,3 +143,10 @@ def test_an_optimizer_that_never_had_a_gradient():
 
 def test_an_optimizer_without_gradients_where_there_is_no_inner_loop():
     assert silent("MG001", make(inner(), events=[idle_optimizer()]))
+
+
+def test_a_meta_gradient_beside_those_of_an_inner_loop_that_has_converged():
+    """Next to nothing is left of its gradients; the losses and weights tell what is much."""
+    still = [second_order(inner(step=i, gradient_norm=1e-7, loss=1.0)) for i in range(3)]
+    assert silent("MG002", make(*still, outer(gradient_norm=1.0)))
+    assert one("MG002", make(*still, outer(gradient_norm=1e4)))
