@@ -34,6 +34,7 @@ from divergence_probe.observe.snapshot import (
     is_empty,
     kept,
     pair,
+    shapes_of,
     snapshot,
 )
 from divergence_probe.observe.task import Task
@@ -104,6 +105,9 @@ class Loops:
         if not thread.extends:
             if thread.follower is not None:
                 thread.follower.stop()
+            if pending is not None and _is_mapped(pending, thread.task, loss):
+                self.take_pending()
+                self.tasks.not_a_step(pending)
             self.settle(inputs, elsewhere=pending is not None and pending.site != site)
 
     def gradient(
@@ -421,6 +425,30 @@ class Loops:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
         if self._thread.follower is not None:
             self._thread.follower.stop()
+
+
+def _is_mapped(pending: Pending, latest: Task | None, output: Tensor | None) -> bool:
+    """Whether a gradient was taken only to compute a step anew that is then differentiated itself.
+
+    Reverse, fixed-point and implicit hypergradients go through a loop's steps once more, one by
+    one, from iterates they kept: each looks like the first step of a task. A loss is one number;
+    what they differentiate is as large as the weights.
+
+    Args:
+        pending: the gradient.
+        latest: the last task: of the same line, and of several steps.
+        output: what the next gradient is taken of.
+    """
+    return (
+        output is not None
+        and output.numel() > 1
+        and pending.function == "grad"
+        and pending.task is None
+        and latest is not None
+        and latest.learned is pending.learned
+        and latest.steps > 1
+        and output.shape in shapes_of(pending.before)
+    )
 
 
 def _is_plain(pending: Pending) -> bool:

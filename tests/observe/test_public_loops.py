@@ -645,3 +645,35 @@ def test_a_loss_that_was_computed_before_the_weights_it_is_asked_for() -> None:
 
     (finding,) = (f for f in probe.diagnosis.findings if f.rule == "EX001")
     assert "depends on none" in finding.message and "allow_unused" not in finding.fix
+
+
+@pytest.mark.parametrize("function", ["grad", "vector"])
+def test_steps_computed_anew_to_be_differentiated_are_no_tasks(function):
+    """Reverse and implicit hypergradients go through kept iterates once more."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.randn(30)
+    penalty = torch.ones(4, requires_grad=True)
+    outer = torch.optim.SGD([penalty], lr=0.1)
+
+    def step(w):
+        loss = ((x @ w - y) ** 2).mean() + (penalty * w**2).sum()
+        return w - 0.1 * torch.autograd.grad(loss, w, create_graph=True)[0]
+
+    with divergence_probe.attach() as probe:
+        for _ in range(5):
+            kept = [torch.zeros(4, requires_grad=True)]
+            for _ in range(6):
+                kept.append(step(kept[-1]))
+            kept = [w.detach().requires_grad_() for w in kept[-4:]]
+            (along,) = torch.autograd.grad(((x @ kept[-1] - y) ** 2).mean(), kept[-1])
+            total = torch.zeros(4)
+            for w in reversed(kept[:-1]) if function == "grad" else [kept[-1]] * 3:
+                made = step(w)
+                (part,) = torch.autograd.grad(made, penalty, along, retain_graph=True)
+                (along,) = torch.autograd.grad(made, w, along)
+                total += part
+            penalty.grad = total
+            outer.step()
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (5, 30)
+    assert not [f for f in probe.diagnosis.findings if f.severity.name != "INFO"]
