@@ -529,13 +529,14 @@ def _note_clipping(
 ) -> None:
     """A gradient was clipped by hand; whether that changed it is read later if not at hand.
 
-    By its norm where it is a factor that is bounded, by one: one below that bound shrinks it. Other
-    single numbers made of gradients (a norm that is kept from zero) are no gradients.
+    By its norm where a single number is bounded by one, and by nothing else: the factor of the
+    gradient, which shrinks it below that bound, or its norm, which it is divided by. Other single
+    numbers made of gradients (a norm that is kept from zero) are no gradients.
     """
     if given.dim() == 0:
         positional, named = arguments
         bounds = [*positional[1:], *(named or {}).values()]
-        if not any(isinstance(bound, int | float) and bound == 1 for bound in bounds):
+        if [bound for bound in bounds if bound is not None] != [1]:
             return
         given = torch.ones_like(made)
     pending.flags |= FLAGS["clippable"]

@@ -28,8 +28,8 @@ class IdleOptimizers:
         Args:
             site: number of the line.
             optimizer: its class's name.
-            idle: whether not one of its parameters had a gradient, though some ask for one (those
-                that do not are frozen).
+            idle: whether not one of its parameters had a gradient or was written to, though some
+                ask for one (those that do not are frozen).
         """
         if idle and site not in self._busy:
             self._idle[site] = self._idle.get(site, (0, ""))[0] + 1, optimizer

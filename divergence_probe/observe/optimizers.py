@@ -256,6 +256,7 @@ class Optimizers:
             self._outer(step, columns)
         else:
             idle = is_empty(step.gradients) and any(p.requires_grad for p in step.parameters)
+            idle = idle and [mark_of(p) for p in step.parameters] == step.marks
             self._idle.note(step.site, step.facts.name, idle)
             self._tasks.step(step, columns)
 

@@ -138,7 +138,17 @@ def test_an_optimizer_that_idles_is_named_only_where_it_never_had_a_gradient():
     torch.manual_seed(0)
     net, idle, late, frozen = (nn.Linear(2, 1) for _ in range(4))
     frozen.requires_grad_(False)
+
+    class Drawing(torch.optim.Optimizer):
+        """Moves by what it draws, as evolution strategies do."""
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (idle, late, frozen)]
+    drawing = Drawing(nn.Linear(2, 1).parameters(), {})
     with divergence_probe.attach() as probe:
         for task in range(6):
             fast = list(net.parameters())
@@ -151,5 +161,6 @@ def test_an_optimizer_that_idles_is_named_only_where_it_never_had_a_gradient():
             optimizers[0].step()
             optimizers[1].step()
             optimizers[2].step()
+            drawing.step()
     events = [e for e in probe.recording.events() if e.kind == "optimizer-without-gradient"]
     assert [event.data["steps"] for event in events] == [6]
