@@ -15,7 +15,7 @@ import divergence_probe
 from divergence_probe.observe import mode_stack
 from tests import coverage_matrix
 
-# One in twelve, of every group: where a mode matters it does so for many. (All of them were run once.)
+# One in twelve, of every group: where a mode matters it does so for many. (All were run once.)
 CELLS = {
     str(cell): cell
     for cell in coverage_matrix.cells()[::12]
