@@ -31,7 +31,7 @@ def worth_a_wait(tensor: Tensor) -> bool:
     Not where the user has torch tell of every wait, and not while a graph of CUDA's is captured,
     which a wait would end.
     """
-    if tensor.is_cpu or not tensor.is_cuda:
+    if not tensor.is_cuda:
         return not tensor.is_meta
     return not (torch.cuda.get_sync_debug_mode() or torch.cuda.is_current_stream_capturing())
 

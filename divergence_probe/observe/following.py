@@ -83,10 +83,7 @@ class Follower(TorchFunctionMode):
             self._learning = [] if pending.may_become_a_script and not goes_on else None
         else:
             self._recital = Recital(script, pending.inputs)
-        if (handed := self._guard.state.handed) is not None:
-            handed.append(self._look_on)
-        else:
-            self._look_on()
+        self._guard.state.once_over(self._look_on)
 
     def _tag_all(self, pending: Pending) -> None:
         """Tag the parameters and the gradients, the ends that an update ties together."""

@@ -98,6 +98,13 @@ class ThreadState:
             self.leave_step()
         return bool(self.gradient) or (BACKWARD_THREADS and _backward_under_way() >= 0)
 
+    def once_over(self, do: Callable[[], None]) -> None:
+        """Do it once the call that torch hands to a mode is over; now, where there is none."""
+        if self.handed is None:
+            do()
+        else:
+            self.handed.append(do)
+
     def leave_step(self) -> None:
         """The step of ``torch.optim`` that was under way is over."""
         if self.step is not None:

@@ -266,20 +266,13 @@ class Loops:
             bases = [None if tensor.is_leaf else base_of(tensor) for tensor in inputs]
             both = zip(inputs, bases, strict=True)
             pending.leaves = [ref(tensor if base is None else base) for tensor, base in both]
-            if (adapted := task or self._of_library()) is not None:
+            if (adapted := task or self._session.of_library()) is not None:
                 outer_steps.note_through(pending, adapted, inputs)
             origins = models.origins_of(inputs)
             pending.origins = list(map(ref, origins)) if origins is not None else None
         known = pending.task.known if pending.task else pending.named and pending.named[0]
         if known:
             self._session.name_forwards(pending.forwards, known, pending.task)
-
-    def _of_library(self) -> Task | None:
-        """The latest open task of a library's own loop, which may be a query's by now."""
-        for task in reversed(self._session.open):
-            if task.module_names is not None:
-                return task
-        return None
 
     def _adapting(self, inputs: Sequence[Tensor]) -> Task | None:
         """The open task in which an optimizer adapts all of ``inputs`` in place."""

@@ -357,11 +357,15 @@ class Session:
 
     def current_forwards(self) -> Forwards:
         """Where a forward that names no module belongs: the open task's, else the thread's."""
-        if self.open:
-            for task in reversed(self.open):
-                if task.module_names is not None:
-                    return task.forwards
-        return self.loose.forwards
+        task = self.of_library()
+        return task.forwards if task is not None else self.loose.forwards
+
+    def of_library(self) -> Task | None:
+        """The latest open task of a library's own loop, which may be a query's by now."""
+        for task in reversed(self.open):
+            if task.module_names is not None:
+                return task
+        return None
 
     def finish_task(self, task: Task) -> None:
         """The inner loop ended; forwards nobody took a gradient of become its query row."""

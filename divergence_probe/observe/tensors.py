@@ -17,7 +17,8 @@ from torch._C._functorch import (
 )
 from torch.utils._pytree import tree_leaves
 
-_function_modes = torch._C._len_torch_function_stack
+from divergence_probe.observe.mode_stack import height
+
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 is_tracing = torch._C._get_tracing_state
 are_transforms_active = torch._C._are_functorch_transforms_active
@@ -31,9 +32,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None
 
 def in_plain_torch() -> bool:
     """Whether nothing stands between us and plain tensors: no mode of the user's, no transform."""
-    return not (
-        _function_modes() or are_transforms_active() or _dispatch_modes() or (_CUDA and _captured())
-    )
+    return not (height() or are_transforms_active() or _dispatch_modes() or (_CUDA and _captured()))
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -31,6 +31,8 @@ class Lookout(threading.local):
         Args:
             loss: plain, of one element, detached.
         """
+        if not (loss.is_cuda or loss.is_cpu):
+            return False  # another accelerator would be waited for
         if loss.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if len(self._under_way) < _MOST_UNDER_WAY:

@@ -112,10 +112,7 @@ class Reporter:
         self._budget -= 1
         if case.mode is None:
             case.mode = CheckingMode(self._session)
-        if (handed := self._session.guard.state.handed) is not None:
-            handed.append(case.mode.go_on)
-        else:
-            case.mode.go_on()
+        self._session.guard.state.once_over(case.mode.go_on)
 
     def close(self) -> None:
         """Report what still waits, but nothing of what turned out to be ordinary training."""
