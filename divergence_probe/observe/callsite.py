@@ -54,7 +54,9 @@ class CallSites:
             code = frame.f_code
             entry = known.get(id(code))
             if not (entry[1] if entry is not None else self.foreign(code)):
-                return self._number(code, frame.f_lineno)
+                # (By the instruction, for a line has to be looked up in the code's table.)
+                number = self._numbers.get((id(code), frame.f_lasti))
+                return number if number is not None else self._number(code, frame)
             frame = frame.f_back
         return -1
 
@@ -72,15 +74,13 @@ class CallSites:
             known = self._foreign[id(code)] = (code, self._is_foreign(code.co_filename))
         return known[1]
 
-    def _number(self, code: CodeType, line: int) -> int:
-        key = (id(code), line)  # of a code that is kept, see above
-        number = self._numbers.get(key)
-        if number is None:
-            # A function defined anew in a loop has equal code, and is the same line.
-            number = self._equal.setdefault((code, line), len(self.table))
-            if number == len(self.table):
-                self.table.append(f"{code.co_filename}:{line}")
-            self._numbers[key] = number
+    def _number(self, code: CodeType, frame: FrameType) -> int:
+        # A function defined anew in a loop has equal code, and is the same line.
+        line = frame.f_lineno
+        number = self._equal.setdefault((code, line), len(self.table))
+        if number == len(self.table):
+            self.table.append(f"{code.co_filename}:{line}")
+        self._numbers[id(code), frame.f_lasti] = number  # of a code that is kept, see above
         return number
 
     def _is_foreign(self, filename: str) -> bool:

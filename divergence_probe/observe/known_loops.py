@@ -16,6 +16,7 @@ from torch import Tensor
 
 from divergence_probe.observe.capture import NO_FORWARDS, Forwards, Number
 from divergence_probe.observe.forensics import investigator_of
+from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.forensics.windows import Window
 from divergence_probe.observe.loop_tasks import LoopTasks, LoopThread
@@ -80,7 +81,7 @@ class KnownLoops:
                 or not pending.in_the_middle
                 or pending.site != site
                 or pending.function != function
-                or not self._forensics.calm(site, loss)
+                or not self._forensics.calm(site, loss, self._value_of(loss))
             ):
                 return False
             opened = self._session.open
@@ -135,11 +136,18 @@ class KnownLoops:
         if forwards is not NO_FORWARDS:
             self._session.name_forwards(forwards, task.known, task)
         pending.made_by = made_by(inputs)
+        pending.ended = sequence_number()
         window = Window(pending.site, pending.made_by, before, after)
         self._forensics.passed(window, task, task.steps)
         if task.steps + 1 >= (learned.steps or 0) or type(slopes) is not Snapshot:
             self._wait_for(pending, loss, inputs, gradients)
         return True
+
+    def _value_of(self, loss: Tensor | None) -> Number:
+        """The value of a loss that has just been computed by torch's own function for it."""
+        losses = self._session.loose.forwards.losses
+        call = losses[-1] if losses else None
+        return call.value if call is not None and call.tensor() is loss else None
 
     def _forwards_of(
         self, loss: Tensor | None, inputs: Sequence[Tensor]
@@ -162,8 +170,17 @@ def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -
         return False
     if set(map(type, inputs)) != _PLAIN or True in map(_is_leaf, inputs):
         return False
-    if tuple(map(_shape, inputs)) != tuple(shapes_of(pending.before)):
+    before = pending.before
+    shapes = before.shapes if isinstance(before, Snapshot) else tuple(shapes_of(before))
+    if tuple(map(_shape, inputs)) != shapes:
         return False
-    if pending.learned.script is None:  # which operation takes the parameter is not known
-        return inputs[0].grad_fn.name() not in IDENTITIES  # type: ignore[union-attr]
-    return pending.leads_to(inputs[-1])
+    learned, node = pending.learned, inputs[-1].grad_fn
+    assert node is not None
+    if learned.script is None:  # which operation takes the parameter is not known
+        return node.name() not in IDENTITIES
+    made = node._sequence_nr() - pending.ended, type(node)
+    if made == learned.made:  # by the same operation, as many after the gradient as before
+        return True
+    leads = pending.leads_to(inputs[-1])
+    learned.made = made if leads else None
+    return leads

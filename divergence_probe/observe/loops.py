@@ -18,6 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.capture import Forwards
 from divergence_probe.observe.following import Follower
+from divergence_probe.observe.forensics.checking_mode import sequence_number
 from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.in_turn import Point
 from divergence_probe.observe.known_loops import KnownLoops
@@ -195,6 +196,7 @@ class Loops:
             flags=(FLAGS["second_order"] if any_carries_graph(made) else 0) | learned.flags,
             width=width,
             made_by=made_by(inputs) if not wrapped else -1,
+            ended=sequence_number(),
         )
         pending.set_loss(loss)
         self._place(pending, inputs, goes_on)

@@ -50,7 +50,7 @@ def _loss(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
     def loss(*args: Any, **kwargs: Any) -> Any:
         if is_compiling() or is_tracing() or not guard.active or threads.state.away:
             return original(*args, **kwargs)
-        if not modes_on() and are_plain(args) and are_plain(kwargs.values()):
+        if not modes_on() and are_plain((*args, *kwargs.values())):
             result = original(*args, **kwargs)
         else:  # a mode or a class of tensors is handed the call, and calls us again
             with inside:

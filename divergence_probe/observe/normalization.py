@@ -67,14 +67,14 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
             started = clock()
             before = None
             try:
-                before = _statistics(running_mean, running_var)
+                before = _together(running_mean, running_var)
             except Exception as error:
                 guard.fail(error)
             guard.spent += clock() - started
             result = original(*call)
             started = clock()
             try:
-                after = _statistics(running_mean, running_var) if training else None
+                after = _together(running_mean, running_var) if training else None
                 _note(session, _calling_module(), call, before, after, is_grad_enabled())
             except Exception as error:
                 guard.fail(error)
@@ -113,6 +113,7 @@ def _note(
         # Needed to judge the running statistics, and costs a pass: once a phase, not every step.
         batch = _batch_statistics(data)
     name = owner.module_names.get(id(module)) if owner and owner.module_names else None
+    nameless = running_mean if not name else None  # its statistics may tell what layer it is
     forwards.normalizations.append(
         NormalizationCall(
             module=weakref.ref(module) if module is not None else None,
@@ -126,8 +127,8 @@ def _note(
             batches=_counter(module),
             shared=running_mean is not None and session.models.is_base_buffer(running_mean),
             buffers=id(running_mean) if running_mean is not None else 0,
-            statistics=weakref.ref(running_mean) if running_mean is not None else None,
-            known_as=session.layer_names.of_statistics(running_mean),
+            statistics=weakref.ref(nameless) if nameless is not None else None,
+            known_as=session.layer_names.of_statistics(nameless),
             name=name,
             order=next_order(),
             differentiable=differentiable,
@@ -139,9 +140,16 @@ def _statistics(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
     """A copy of running statistics, one after the other ``[2C]``; None where there are none."""
     if mean is None or variance is None:
         return None
+    return _together(plain(mean), plain(variance))
+
+
+def _together(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
+    """The same of tensors of no transform."""
+    if mean is None or variance is None:
+        return None
     if mean.requires_grad or variance.requires_grad:
         mean, variance = mean.detach(), variance.detach()
-    return torch.cat((plain(mean), plain(variance)))
+    return torch.cat((mean, variance))
 
 
 def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:

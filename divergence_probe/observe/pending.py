@@ -44,6 +44,7 @@ class Learned:
         confirmed: how often what was learned turned out right.
         counts: how often what an update made was written to in place before the next gradient.
         script: the operations of the update, once they were the same for a while.
+        made: how many autograd nodes after its gradient an update's last one comes, and its kind.
         scripts: how many scripts were tried to learn.
         flags: ``schema.FLAGS`` that hold of every step here.
         disturbs: whether weights were put back before the step here, as they were only disturbed.
@@ -60,6 +61,7 @@ class Learned:
     confirmed: int = 0
     counts: list[int | None] = field(default_factory=list)
     script: Script | None = None
+    made: tuple[int, type] | None = None
     scripts: int = 0
     flags: int = 0
     disturbs: bool = False
@@ -147,6 +149,7 @@ class Pending:
         origins: what its inputs were deep-copied from, where they all were.
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
         made_by: one past the number of the autograd node that made its last input; -1 a leaf.
+        ended: the next autograd node's number when it had been taken.
         point: where the leaves of a backward were, where they may be put back before it is used.
     """
 
@@ -190,6 +193,7 @@ class Pending:
     origins: list[weakref.ref[Tensor]] | None = None
     in_the_middle: bool = False
     made_by: int = -1
+    ended: int = -1
     point: Point | None = None
 
     def set_loss(self, loss: Tensor | None) -> None:

@@ -53,23 +53,26 @@ class Snapshot(Sequence[Tensor]):
         store: the vector ``[M]``, which another set may share: see :func:`pair`.
         start: where their ``N`` elements begin in it, a multiple of ``N``.
         shapes: their shapes.
+        size: ``N``.
     """
 
-    __slots__ = ("_parts", "shapes", "start", "store")
+    __slots__ = ("_parts", "shapes", "size", "start", "store")
 
-    def __init__(self, store: Tensor, shapes: tuple[torch.Size, ...], start: int = 0) -> None:
+    def __init__(
+        self, store: Tensor, shapes: tuple[torch.Size, ...], size: int, start: int = 0
+    ) -> None:
         self.store = store
         self.shapes = shapes
+        self.size = size
         self.start = start
         self._parts: list[Tensor] | None = None
 
     @property
     def vector(self) -> Tensor:
         """All their elements, ``[N]``."""
-        elements = elements_in(self.shapes)
-        if self.store.numel() == elements:
+        if self.store.numel() == self.size:
             return self.store
-        return self.store.narrow(0, self.start, elements)
+        return self.store.narrow(0, self.start, self.size)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -98,9 +101,10 @@ def snapshot(tensors: Values, copy: bool) -> Values:
         copy: whether their memory may be written to before the values are used.
     """
     shapes = _shapes(tensors)
-    vector = _together(tensors, shapes) if shapes is not None else None
-    if shapes is not None and vector is not None:
-        return Snapshot(vector, shapes)
+    size = elements_in(shapes)
+    vector = _together(tensors, size)
+    if vector is not None:
+        return Snapshot(vector, shapes, size)
     return [kept(tensor, copy) if tensor is not None else None for tensor in tensors]
 
 
@@ -115,34 +119,41 @@ def pair(
         copy: whether the memory of either may be written to before the values are used.
         like: an earlier snapshot of the same shapes, where there is one: they are not asked for.
     """
-    shapes = like.shapes if isinstance(like, Snapshot) else None if like else _shapes(tensors)
-    store = _together([*tensors, *others], shapes) if shapes is not None else None
-    if shapes is not None and store is not None:
-        elements = elements_in(shapes)
-        # Both of one kind, or the copy would be of another than theirs.
-        alike = store.dtype is tensors[0].dtype is others[0].dtype  # type: ignore[union-attr]
-        if store.numel() == 2 * elements and alike:
-            return Snapshot(store, shapes), Snapshot(store, shapes, elements)
+    if isinstance(like, Snapshot):
+        shapes, size = like.shapes, like.size
+    else:
+        shapes = _shapes(tensors) if not like else ()
+        size = elements_in(shapes)
+    store = _together([*tensors, *others], size)
+    # Both of one kind, or the copy would be of another than theirs.
+    if (
+        store is not None
+        and store.numel() == 2 * size
+        and store.dtype is tensors[0].dtype is others[0].dtype  # type: ignore[union-attr]
+    ):
+        return Snapshot(store, shapes, size), Snapshot(store, shapes, size, size)
     return snapshot(tensors, copy[0]), snapshot(others, copy[1])
 
 
-def _shapes(tensors: Values) -> tuple[torch.Size, ...] | None:
-    """The shapes of ``tensors`` where all are there and few enough to be copied together."""
+def _shapes(tensors: Values) -> tuple[torch.Size, ...]:
+    """The shapes of ``tensors``; none where not all are there."""
     try:
-        shapes = tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
+        return tuple([tensor.shape for tensor in tensors])  # type: ignore[union-attr]
     except AttributeError:  # None
-        return None
-    return shapes if 0 < elements_in(shapes) <= _MOST_COPIED else None
+        return ()
 
 
-def _together(tensors: Values, shapes: tuple[torch.Size, ...]) -> Tensor | None:
-    """A copy of one set of ``shapes``, or of several, in one vector.
+def _together(tensors: Values, size: int) -> Tensor | None:
+    """A copy of one set of ``size`` elements, or of several, in one vector.
 
-    None where there is none: sparse, not all there, or (larger ones) not alike and on the CPU.
+    None where there is none: too many of them, sparse, not all there, or (larger ones) not alike
+    and on the CPU.
     """
+    if not 0 < size <= _MOST_COPIED:
+        return None
     try:
         with _BelowAutograd():
-            if elements_in(shapes) > most_together(tensors[0]):  # type: ignore[arg-type]
+            if size > MOST_TOGETHER and size > most_together(tensors[0]):  # type: ignore[arg-type]
                 return _in_arena(tensors)
             vector: Tensor = _flatten(tensors)  # type: ignore[arg-type]
             return vector.clone() if len(tensors) == 1 else vector  # a single one is not copied
@@ -192,7 +203,7 @@ def is_empty(values: Values) -> bool:
 def elements_of(values: Values) -> int:
     """How many elements there are in all."""
     if isinstance(values, Snapshot):
-        return elements_in(values.shapes)
+        return values.size
     return sum(value.numel() for value in values if value is not None)
 
 

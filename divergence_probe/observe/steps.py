@@ -1,9 +1,9 @@
 """The numbers of inner steps, one parameter at a time over all rows of a block.
 
-(A small model's parameters are all taken at once: :mod:`.step_vectors`.) One parameter has one
-shape, so its tensors of a whole block stack into one: about twelve tensor operations a parameter
-and block, whatever the number of rows, instead of six a row. Large tensors are measured where they
-lie; stacking them would move more memory than it saves calls.
+(Where all of a model's are kept in one vector: :mod:`.step_vectors` and :mod:`.step_pieces`.) One
+parameter has one shape, so its tensors of a whole block stack into one: about twelve tensor
+operations a parameter and block, whatever the number of rows, instead of six a row. Large tensors
+are measured where they lie; stacking them would move more memory than it saves calls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from divergence_probe.observe.capture import Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, measurable, norms, to_numpy
 from divergence_probe.observe.snapshot import Snapshot, shapes_of
+from divergence_probe.observe.step_pieces import measure_pieces
 from divergence_probe.observe.step_vectors import measure_vectors
 from divergence_probe.record.schema import MISSING, PARAMETER_COLUMNS, Array
 
@@ -87,8 +88,10 @@ def measure(rows: Sequence[Row], parameters: int, width: int) -> StepNumbers:
 def _as_vectors(
     rows: Sequence[Row], chosen: _Chosen, columns: dict[str, Array], slope: Array, after: Array
 ) -> bool:
-    """Fill in a small model's rows all at once; False, and nothing is done, where that fails."""
-    numbers = measure_vectors(rows, chosen.here, chosen.there)
+    """Fill in rows whose sets are one vector each; False, and nothing is done, where that fails."""
+    numbers = measure_vectors(rows, chosen.here, chosen.there) or measure_pieces(
+        rows, chosen.here, chosen.there
+    )
     if numbers is None:
         return False
     for name, values in numbers.columns.items():

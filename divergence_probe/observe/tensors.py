@@ -24,7 +24,7 @@ is_tracing = torch._C._get_tracing_state
 are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_mode = torch._C._get_dispatch_mode
 _CUDA, _captured = torch.version.cuda is not None, torch.cuda.is_current_stream_capturing
-_UNREAL = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, float, int, bool, type(None)))
@@ -54,7 +54,11 @@ def is_unreal() -> bool:
     There are no values then; ours would be written down as the user's. So it is while a graph of
     CUDA's is captured, and to wait for the device would end that.
     """
-    return any(_dispatch_mode(key) is not None for key in _UNREAL) or (_CUDA and _captured())
+    return (
+        _dispatch_mode(_PROXY) is not None
+        or _dispatch_mode(_FAKE) is not None
+        or (_CUDA and _captured())
+    )
 
 
 def are_plain(values: Iterable[object]) -> bool:

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from divergence_probe.observe import norms as measuring
+from divergence_probe.observe import steps as steps_module
 from divergence_probe.observe.capture import Forwards, Row
 from divergence_probe.observe.norms import STACKED_ELEMENTS, norms, scalars
+from divergence_probe.observe.snapshot import pair, snapshot
 from divergence_probe.observe.statistics import build_block
+from divergence_probe.observe.step_pieces import measure_pieces
 from divergence_probe.observe.steps import measure
 from divergence_probe.record.schema import MISSING, SUPPORT, Layout, ParameterInfo
 
@@ -287,3 +290,79 @@ def test_a_block_lays_vmapped_rows_out_as_tasks():
         block.parameters["norm_after"][:, 0],
         torch.cat([r.after[0].norm(dim=1) for r in rows]),
     )
+
+
+def large_steps(dtype=torch.float32, scale=1.0, steps=5, gap=None):
+    """Steps of a net of large and small weights, each set copied as a whole; plain copies too."""
+    torch.manual_seed(0)
+    shapes = [(70, 70), (70,), (1,), (3, 3000), ()]
+    before, previous, rows, plain = None, None, [], []
+    for step in range(steps):
+        values = [[scale * torch.randn(s).to(dtype) for s in shapes] for _ in range(3)]
+        if before is None or step == gap:
+            before, start, previous = snapshot(values[0], copy=True), values[0], None
+        after, gradients = pair(values[1], values[2], (True, True))
+        previous = row(before, after, gradients, previous=previous, step=step)
+        rows.append(previous)
+        plain.append((start, values[1], values[2]))
+        before, start = after, values[1]
+    return rows, plain
+
+
+def product(left, right):
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_model_s_numbers_are_those_of_plain_torch(dtype, monkeypatch):
+    rows, plain = large_steps(dtype, gap=3)
+    taken = []
+
+    def noting(*args):
+        taken.append(measure_pieces(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(steps_module, "measure_pieces", noting)
+
+    numbers = measure(rows, 5, 1)
+
+    assert taken[0] is not None  # that is the way they were measured
+    rtol = 1e-6 if dtype is torch.float32 else 1e-12
+    for step, (start, end, slope) in enumerate(plain):
+        update = [b - a for a, b in zip(start, end, strict=True)]
+        for name, values in (
+            ("norm_before", start), ("norm_after", end), ("update_norm", update),
+            ("gradient_norm", slope),
+        ):  # fmt: skip
+            expected = [plain_norm(value) for value in values]
+            np.testing.assert_allclose(numbers.columns[name][step, 0], expected, rtol=rtol)
+        rates = [-product([g], [u]) / product([g], [g]) for g, u in zip(slope, update, strict=True)]
+        np.testing.assert_allclose(
+            numbers.columns["step_rate"][step, 0], rates, rtol=100 * rtol, atol=100 * rtol
+        )
+    for step in (1, 2, 4):
+        (start, end, slope), later = plain[step - 1], plain[step][2]
+        update = [b - a for a, b in zip(start, end, strict=True)]
+        down = product(slope, update)
+        expected = 1 - product(later, update) / down if down < 0 else math.nan
+        assert numbers.instability[step, 0] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    assert math.isnan(numbers.instability[0, 0]) and math.isnan(numbers.instability[3, 0])
+
+
+def test_a_large_model_s_finite_weights_have_finite_norms():
+    rows, plain = large_steps(scale=1e20)
+
+    numbers = measure(rows, 5, 1)
+
+    expected = [[plain_norm(value) for value in end] for _, end, _ in plain]
+    np.testing.assert_allclose(numbers.columns["norm_after"][:, 0], expected, rtol=1e-6)
+
+
+def test_a_large_model_s_bad_gradient_is_seen_where_it_is():
+    rows, _ = large_steps()
+    rows[2].gradients[1][3] = math.nan
+
+    numbers = measure(rows, 5, 1)
+
+    bad = np.argwhere(~np.isfinite(numbers.columns["gradient_norm"]))
+    np.testing.assert_array_equal(bad, [[2, 0, 1]])

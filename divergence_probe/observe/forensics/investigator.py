@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe.at_hand import waits_for_nothing, worth_a_wait
+from divergence_probe.observe.capture import Number
 from divergence_probe.observe.forensics import backward, forward
 from divergence_probe.observe.forensics.checking_mode import Note, sequence_number
 from divergence_probe.observe.forensics.fault import Fault, locate
@@ -111,13 +112,20 @@ class Investigator:
         except Exception:  # never the user's problem: the watching goes on without forensics
             self._give_up()
 
-    def calm(self, site: int, loss: Tensor | None) -> bool:
+    def calm(self, site: int, loss: Tensor | None, value: Number = None) -> bool:
         """Whether nothing is looked for at a line, and nothing is seen to be wrong with a loss.
 
         Then :meth:`passed` says all there is to say of the gradient.
+
+        Args:
+            site: number of the line.
+            loss: what a gradient is about to be taken of there.
+            value: its value, where that was read already.
         """
         if self._case.armed or self._reporter.waiting or self._risky.get(site):
             return False
+        if type(value) is float:
+            return math.isfinite(value)
         if loss is None or loss.numel() != 1:
             return True
         if not waits_for_nothing(loss):
@@ -139,8 +147,7 @@ class Investigator:
             ended: where the update is made by now, the number of the next node after it.
         """
         windows = self._case.windows
-        windows.go_on(window, task, step)
-        windows.open(window)
+        windows.open_next(window, task, step)
         if ended >= 0:
             windows.update_lengths[window.site] = ended - window.after
 
