@@ -27,6 +27,9 @@ def put_on(mode: TorchFunctionMode) -> None:
     Torch takes off what is on top where a ``with`` ends, whose it may be. What our interventions
     are asked to do comes last: beneath them no tensor is the user's.
     """
+    if not height():
+        torch._C._push_on_torch_function_stack(mode)
+        return
     stack = modes()
     if mode not in stack:
         lowest = sum(isinstance(m, DeviceContext) or hasattr(m, "of_the_probe") for m in stack)
@@ -35,6 +38,9 @@ def put_on(mode: TorchFunctionMode) -> None:
 
 def take_off(mode: TorchFunctionMode) -> None:
     """Take ``mode`` off, wherever it is; the others stay as they are."""
+    if height() == 1 and torch._C._get_function_stack_at(0) is mode:
+        torch._C._pop_torch_function_stack()
+        return
     stack = modes()
     if mode in stack:
         _replace(other for other in stack if other is not mode)
