@@ -1,4 +1,4 @@
-"""Gradient clipping by torch's own functions: whether it was used, and whether it did anything."""
+"""Gradient clipping, by torch's own functions or by hand: was it used, and did it do anything."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from divergence_probe.observe.at_hand import waits_for_nothing
+from divergence_probe.observe.operations import Operation
 from divergence_probe.observe.patching import Patches
+from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.session import Session
+from divergence_probe.record.schema import FLAGS
 
 
 def install(patches: Patches, session: Session) -> None:
@@ -67,3 +70,32 @@ def _by_norm(result: Any, largest: float | Tensor | None, bound: float) -> bool 
 
 def _by_value(result: Any, largest: float | Tensor | None, bound: float) -> bool | Tensor:
     return largest is not None and largest > bound
+
+
+def note_clipping(
+    pending: Pending, operation: Operation, given: Tensor, made: Tensor, arguments: Any
+) -> None:
+    """A gradient was clipped by hand; whether that changed it is read later if not at hand.
+
+    By its norm where a single number is bounded by one, and by nothing else: the factor of the
+    gradient, which shrinks it below that bound, or its norm, which it is divided by. Other single
+    numbers made of gradients (a norm that is kept from zero) are no gradients.
+
+    Args:
+        pending: the gradient.
+        operation: the one that clips.
+        given: what it was given.
+        made: what came out.
+        arguments: all it was called with, positional and named.
+    """
+    if given.dim() == 0:
+        positional, named = arguments
+        bounds = [*positional[1:], *(named or {}).values()]
+        if [bound for bound in bounds if bound is not None] != [1]:
+            return
+        given = torch.ones_like(made)
+    pending.flags |= FLAGS["clippable"]
+    if operation.in_place or (waits_for_nothing(given) and not torch.equal(made, given)):
+        pending.flags |= FLAGS["clipped"]
+    elif not waits_for_nothing(given):
+        pending.clipped.append((made != given).any())

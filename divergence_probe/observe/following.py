@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from divergence_probe.observe import mode_stack
 from divergence_probe.observe.at_hand import are_same, mark_of, waits_for_nothing
+from divergence_probe.observe.clipping import note_clipping
 from divergence_probe.observe.guard import Guard
+from divergence_probe.observe.lineage import UNRELATED, Ancestry, Lineage
 from divergence_probe.observe.operations import Operation, operation_of
 from divergence_probe.observe.pending import Candidate, Pending
 from divergence_probe.observe.recital import Heard, Recital
@@ -33,8 +35,6 @@ from divergence_probe.observe.tensors import (
     tensors_in,
 )
 from divergence_probe.record.schema import FLAGS
-
-_NOTHING: frozenset[int] = frozenset()
 
 
 class Follower(TorchFunctionMode):
@@ -51,12 +51,9 @@ class Follower(TorchFunctionMode):
         self._gradients: list[tuple[int, weakref.ref[Tensor]]] = []
         self._recital: Recital | None = None
         self._learning: list[Heard] | None = None
-        self._tags: dict[int, tuple[weakref.ref[Tensor], frozenset[int], frozenset[int]]] = {}
-        self._cut: dict[int, weakref.ref[Tensor]] = {}
+        self._lineage = Lineage()
         # what is a candidate in another shape, and which one
         self._reshaped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        # what is made of gradients and not of their parameters, and what else it is made of
-        self._steps: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]]]] = {}
         self._storages: dict[int, list[int]] = {}
         self._pushed = self._paused = False
         self._handling = 0
@@ -90,14 +87,14 @@ class Follower(TorchFunctionMode):
         for index, reference in enumerate(pending.inputs):
             tensor = reference()
             if tensor is not None:
-                self._tag(tensor, frozenset((index,)), frozenset())
+                self._lineage.add(tensor, Ancestry(parameters=frozenset((index,))))
                 pointer = _storage(tensor)
                 if pointer:
                     self._storages.setdefault(pointer, []).append(index)
         for index, reference in self._gradients:
             gradient = reference()
             if gradient is not None:
-                self._tag(gradient, frozenset(), frozenset((index,)))
+                self._lineage.add(gradient, Ancestry(gradients=frozenset((index,))))
 
     def _look_on(self) -> None:
         if self._pending is not None:
@@ -140,9 +137,9 @@ class Follower(TorchFunctionMode):
         """Look at nothing more; the mode, if it is on, only passes through."""
         self._pending = self._recital = self._learning = None
         self._gradients = []
-        if self._tags:
-            self._tags, self._storages, self._cut, self._reshaped = {}, {}, {}, {}
-            self._steps = {}
+        self._lineage.clear()
+        if self._storages or self._reshaped:
+            self._storages, self._reshaped = {}, {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the user's operation, then look at where it leads."""
@@ -193,22 +190,19 @@ class Follower(TorchFunctionMode):
         pending = self._pending
         if pending is None or self._recital is not None:
             return
-        parameters = gradients = _NOTHING
-        for tensor in tensors_in(arguments):
-            tag = self._tags.get(id(tensor))
-            if tag is not None and tag[0]() is tensor:
-                parameters, gradients = parameters | tag[1], gradients | tag[2]
-        if not gradients:
+        taken = self._lineage.of_all(tensors_in(arguments))
+        if not taken.gradients:
             return
         pending.learned.flags |= FLAGS["transformed"]
         pending.flags |= pending.learned.flags
         made = tensors_in(result)
-        if made and not parameters:
+        if made and not taken.parameters:
             for tensor in made:
-                self._made(pending, tensor, _NOTHING, gradients)
+                self._made(pending, tensor, taken)
         elif [tensor.shape for tensor in made] == list(shapes_of(pending.before)):
             for index, tensor in enumerate(made):
-                self._made(pending, tensor, frozenset((index,)), frozenset((index,)))
+                own = frozenset((index,))
+                self._made(pending, tensor, Ancestry(own, own))
         else:
             pending.escaped = True
 
@@ -233,9 +227,9 @@ class Follower(TorchFunctionMode):
 
     def _concerns(self, operation: Operation, args: Any, kwargs: Any) -> bool:
         """Whether an operation can matter: most of a forward's neither take nor write our own."""
-        tags = self._tags
+        lineage = self._lineage
         for arg in args:
-            if id(arg) in tags or type(arg) in (list, tuple):
+            if arg in lineage or type(arg) in (list, tuple):
                 return True
         return bool(kwargs) or operation.in_place
 
@@ -245,76 +239,69 @@ class Follower(TorchFunctionMode):
         if operation.foreach:
             self._foreach(pending, operation, args, kwargs, result)
             return
-        parameters, gradients, steps, cut = self._taken(pending, operation, args, kwargs)
+        taken, steps, cut = self._taken(pending, operation, args, kwargs)
         in_place = operation.in_place and args and isinstance(args[0], Tensor)
         if in_place and self._written(
-            pending, args[0], operation, parameters, gradients, list(_tensors(args[1:], kwargs))
+            pending, args[0], operation, taken, list(_tensors(args[1:], kwargs))
         ):
             return
-        if not (parameters or gradients) or self._is_activation(pending, operation, parameters):
+        if taken == UNRELATED or self._is_activation(pending, operation, taken):
             return
-        if gradients and not parameters and operation.clips and isinstance(args[0], Tensor):
-            _note_clipping(pending, operation, plain(args[0]), plain(result), (args, kwargs))
-        if gradients and operation.escapes:
+        gradients_only = bool(taken.gradients) and not taken.parameters
+        if gradients_only and operation.clips and isinstance(args[0], Tensor):
+            note_clipping(pending, operation, plain(args[0]), plain(result), (args, kwargs))
+        if taken.gradients and operation.escapes:
             pending.escaped = True
-        both = parameters & gradients
-        note_standstill(pending, both, result, operation, steps, _rates(args, kwargs))
-        if gradients and not parameters:
+        note_standstill(pending, taken.updated, result, operation, steps, _rates(args, kwargs))
+        if gradients_only:
             self._note_step(args, kwargs, result)
         for tensor in _results(result):
-            if cut and gradients:
-                self._cut[id(tensor)] = weakref.ref(tensor)
-            self._made(pending, tensor, parameters, gradients)
-            if operation.reshapes and args and parameters & gradients:
-                self._reshape(pending, args[0], tensor, parameters & gradients)
+            if cut and taken.gradients:
+                self._lineage.add_cut(tensor)
+            self._made(pending, tensor, taken)
+            if operation.reshapes and args and taken.updated:
+                self._reshape(pending, args[0], tensor, taken.updated)
 
     def _note_step(self, args: Any, kwargs: Any, result: Any) -> None:
         """Note what a result is made of besides gradients: it may be a whole step from there."""
-        others = [weakref.ref(t) for t in _tensors(args, kwargs) if id(t) not in self._tags]
+        others = [tensor for tensor in _tensors(args, kwargs) if tensor not in self._lineage]
         for tensor in _results(result) if others else ():
-            self._steps[id(tensor)] = weakref.ref(tensor), others
+            self._lineage.add_step(tensor, others)
 
     def _taken(
         self, pending: Pending, operation: Operation, args: Any, kwargs: Any
-    ) -> tuple[frozenset[int], frozenset[int], list[Tensor], bool]:
+    ) -> tuple[Ancestry, list[Tensor], bool]:
         """What an operation takes.
 
         Returns:
-            Of which parameters, of which gradients, the tensors with gradient in them, and whether
-            that is detached from the graph.
+            What that is made of, the tensors with gradient in them, and whether that is detached
+            from the graph.
         """
-        parameters = gradients = _NOTHING
+        taken = UNRELATED
         steps: list[Tensor] = []
         # What is overwritten does not matter to the value that comes out, only what it is made of;
         # nor does what only lends its shape.
         sources = args[1:] if operation.overwrites else args[:1] if operation.reshapes else args
         cut = operation.detaches or not self._guard.differentiable
         for tensor in _tensors(sources, kwargs):
-            tag = self._tags.get(id(tensor))
-            if tag is not None and tag[0]() is tensor:
-                parameters, gradients = parameters | tag[1], gradients | tag[2]
-                cut |= bool(tag[2]) and self._is_cut(tensor)
-                steps += [tensor] * bool(tag[2])
-                for index in tag[1] & tag[2]:  # it may be an updated parameter
-                    self._used(pending, index, tensor, operation, args)
-        return parameters, gradients, steps, cut
+            ancestry = self._lineage.of(tensor)
+            taken |= ancestry
+            if ancestry.gradients:
+                cut |= self._lineage.is_cut(tensor)
+                steps.append(tensor)
+            for index in ancestry.updated:
+                self._used(pending, index, tensor, operation, args)
+        return taken, steps, cut
 
-    def _is_cut(self, tensor: Tensor) -> bool:
-        """Whether it was made by an operation that ends the graph."""
-        reference = self._cut.get(id(tensor))
-        return reference is not None and reference() is tensor
-
-    def _is_activation(
-        self, pending: Pending, operation: Operation, parameters: frozenset[int]
-    ) -> bool:
+    def _is_activation(self, pending: Pending, operation: Operation, taken: Ancestry) -> bool:
         """Whether what comes out is an activation, not a parameter, as out of a weight operation.
 
         But for one that is given gradients: a learned optimizer or a preconditioner makes updates.
         """
-        if operation.uses_weights and not parameters:
+        if operation.uses_weights and not taken.parameters:
             pending.learned.flags |= FLAGS["transformed"]
             pending.flags |= pending.learned.flags
-        return operation.uses_weights and bool(parameters)
+        return operation.uses_weights and bool(taken.parameters)
 
     def _reshape(
         self, pending: Pending, tensor: Tensor, result: Tensor, indices: frozenset[int]
@@ -342,30 +329,23 @@ class Follower(TorchFunctionMode):
             return
         made = result if isinstance(result, list | tuple) else ()
         for position, first in enumerate(lists[0]):
-            parameters = gradients = _NOTHING
-            steps: list[Tensor] = []
-            for members in lists:
-                tensor = members[position] if position < len(members) else None
-                tag = self._tags.get(id(tensor))
-                if tag is not None and tag[0]() is tensor:
-                    parameters, gradients = parameters | tag[1], gradients | tag[2]
-                    steps += [tensor] * bool(tag[2])  # type: ignore[list-item]
+            members = [m[position] for m in lists if position < len(m)]
+            taken = self._lineage.of_all(members)
+            steps = [member for member in members if self._lineage.of(member).gradients]
             new = first if operation.in_place or position >= len(made) else made[position]
-            both = parameters & gradients
-            note_standstill(pending, both, new, operation, steps, _rates(args, kwargs))
+            rates = _rates(args, kwargs)
+            note_standstill(pending, taken.updated, new, operation, steps, rates)
             if operation.in_place and isinstance(first, Tensor):
-                others = [m[position] for m in lists[1:] if position < len(m)]
-                self._written(pending, first, operation, parameters, gradients, others)
+                self._written(pending, first, operation, taken, members[1:])
             elif position < len(made) and isinstance(made[position], Tensor):
-                self._made(pending, made[position], parameters, gradients)
+                self._made(pending, made[position], taken)
 
     def _written(
         self,
         pending: Pending,
         target: Tensor,
         operation: Operation,
-        parameters: frozenset[int],
-        gradients: frozenset[int],
+        taken: Ancestry,
         operands: Sequence[Tensor] = (),
     ) -> bool:
         """``target`` was overwritten: an update if its memory is a parameter's.
@@ -383,10 +363,10 @@ class Follower(TorchFunctionMode):
         if index is not None and updated and _moves_back(pending, index, operands):
             pending.moved_back.add(index)
         first = index is not None and not pending.writes[index]
-        if index is not None and first and operation.overwrites and not parameters:
+        if index is not None and first and operation.overwrites and not taken.parameters:
             # (Later writes only put back what was updated.)
-            pending.displaced[index] = self._from_start(pending, index, operands, gradients)
-        if index is not None and self._updates(pending, index, operation, gradients):
+            pending.displaced[index] = self._from_start(pending, index, operands, taken)
+        if index is not None and self._updates(pending, index, operation, taken):
             pending.writes[index] += 1
             # Read now: the next thing to happen may be a restore of the base's weights.
             pending.written[index] = batched(target, pending.width).detach().clone()
@@ -394,23 +374,22 @@ class Follower(TorchFunctionMode):
             if parameter is not None:
                 pending.marks[index] = mark_of(parameter)
                 pending.uncounted |= _is_uncounted(target, parameter, operation)
-        elsewhere = index is None and gradients and self._elsewhere is not None
+        elsewhere = index is None and taken.gradients and self._elsewhere is not None
         if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
-            self._tags.pop(id(target), None)
+            self._lineage.drop(target)
             return True
-        self._tag(target, parameters, gradients)
+        self._lineage.add(target, taken)
         return False
 
     def _from_start(
-        self, pending: Pending, index: int, values: Sequence[Tensor], gradients: frozenset[int]
+        self, pending: Pending, index: int, values: Sequence[Tensor], taken: Ancestry
     ) -> bool:
         """Whether what is written is where a parameter's task began, or a step from there."""
-        if not gradients:
+        if not taken.gradients:
             return _moves_back(pending, index, values)
         for value in values:
-            step = self._steps.get(id(value))
-            if step is not None and step[0]() is value:
-                others = [tensor for reference in step[1] if (tensor := reference()) is not None]
+            others = self._lineage.step_from(value)
+            if others is not None:
                 return _moves_back(pending, index, others)
         return False
 
@@ -433,31 +412,23 @@ class Follower(TorchFunctionMode):
                 return index
         return None
 
-    def _updates(
-        self, pending: Pending, index: int, operation: Operation, gradients: frozenset[int]
-    ) -> bool:
+    def _updates(self, pending: Pending, index: int, operation: Operation, taken: Ancestry) -> bool:
         """Whether a write is (part of) the update, and not a restore of older values."""
         if operation.overwrites and pending.writes[index]:
             return False  # the update is complete: this restores or moves the weights
         if index in pending.moved_back:
             return False
-        if gradients or pending.escaped:
+        if taken.gradients or pending.escaped:
             return True
         return bool(pending.writes[index])
 
-    def _made(
-        self,
-        pending: Pending,
-        tensor: Tensor,
-        parameters: frozenset[int],
-        gradients: frozenset[int],
-    ) -> None:
-        if not parameters and not gradients:
+    def _made(self, pending: Pending, tensor: Tensor, taken: Ancestry) -> None:
+        if taken == UNRELATED:
             return
-        self._tag(tensor, parameters, gradients)
+        self._lineage.add(tensor, taken)
         if self._parameter_at(pending, tensor) is not None:
             return  # a view or an alias of the parameter itself
-        for index in parameters & gradients:
+        for index in taken.updated:
             shape = shapes_of(pending.before)[index] or torch.Size()
             known = pending.candidates[index]
             same = tensor.shape == shape or (pending.width > 1 and tensor.shape == shape[1:])
@@ -466,7 +437,8 @@ class Follower(TorchFunctionMode):
                 for candidate in known
             ):
                 value = batched(tensor, pending.width).detach()
-                known.append(Candidate(weakref.ref(tensor), value, self._is_cut(tensor)))
+                cut = self._lineage.is_cut(tensor)
+                known.append(Candidate(weakref.ref(tensor), value, cut))
 
     def _used(
         self, pending: Pending, index: int, tensor: Tensor, operation: Operation, args: Any
@@ -491,16 +463,10 @@ class Follower(TorchFunctionMode):
             return False
         return any(
             other.numel() > 1
-            and id(other) not in self._tags
+            and other not in self._lineage
             and (tensor.requires_grad or other.shape != tensor.shape)
             for other in _tensors(args, {})
         )
-
-    def _tag(self, tensor: Tensor, parameters: frozenset[int], gradients: frozenset[int]) -> None:
-        known = self._tags.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            parameters, gradients = parameters | known[1], gradients | known[2]
-        self._tags[id(tensor)] = (weakref.ref(tensor), parameters, gradients)
 
 
 def _moves_back(pending: Pending, index: int, operands: Sequence[Tensor]) -> bool:
@@ -519,28 +485,6 @@ def _is_uncounted(target: Tensor, parameter: Tensor, operation: Operation) -> bo
     if waits_for_nothing(parameter):
         return False
     return operation.name == "data.__set__" or changes_of(target) != changes_of(parameter)
-
-
-def _note_clipping(
-    pending: Pending, operation: Operation, given: Tensor, made: Tensor, arguments: Any
-) -> None:
-    """A gradient was clipped by hand; whether that changed it is read later if not at hand.
-
-    By its norm where a single number is bounded by one, and by nothing else: the factor of the
-    gradient, which shrinks it below that bound, or its norm, which it is divided by. Other single
-    numbers made of gradients (a norm that is kept from zero) are no gradients.
-    """
-    if given.dim() == 0:
-        positional, named = arguments
-        bounds = [*positional[1:], *(named or {}).values()]
-        if [bound for bound in bounds if bound is not None] != [1]:
-            return
-        given = torch.ones_like(made)
-    pending.flags |= FLAGS["clippable"]
-    if operation.in_place or (waits_for_nothing(given) and not torch.equal(made, given)):
-        pending.flags |= FLAGS["clipped"]
-    elif not waits_for_nothing(given):
-        pending.clipped.append((made != given).any())
 
 
 def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:
