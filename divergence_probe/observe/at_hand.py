@@ -104,4 +104,14 @@ def was_left_alone(now: Tensor, mark: Mark, left: Tensor | None, left_mark: Mark
         return True
     if not waits_for_nothing(left):
         return left_mark is None or mark == left_mark
-    return torch.equal(left, now) or bool(left.isnan().any())
+    return is_still(now, left)
+
+
+def is_still(now: Tensor, then: Tensor | None) -> bool:
+    """Whether a tensor has the value it had, as far as that can be told without waiting.
+
+    (NaN stays what it is.)
+    """
+    if then is None or now.dtype != then.dtype or not waits_for_nothing(then):
+        return True
+    return torch.equal(then, now) or bool(then.isnan().any())

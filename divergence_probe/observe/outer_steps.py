@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand, waits_for_nothing, was_left_alone
+from divergence_probe.observe.at_hand import is_at_hand, is_still
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
@@ -195,8 +195,8 @@ def columns_of(pending: Pending, task: Task) -> tuple[Values, Values, int]:
 
 
 def _has_moved(pending: Pending, tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them has another value than it had (NaN stays what it is)."""
+    """Whether any of them is seen to have another value than it had."""
     return any(
-        waits_for_nothing(value) and not was_left_alone(physical(tensor)[0], 0, value, 0)
+        not is_still(physical(tensor)[0], value)
         for tensor, value in zip(tensors, pending.before, strict=True)
     )

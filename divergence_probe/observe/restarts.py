@@ -12,7 +12,7 @@ from operator import call
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import waits_for_nothing, was_left_alone
+from divergence_probe.observe.at_hand import is_still, waits_for_nothing
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.resolution import Update
@@ -41,7 +41,7 @@ def starts_over(task: Task, pending: Pending, update: Update) -> bool:
     task.overwritten = all(
         value is not None
         and waits_for_nothing(value)
-        and (is_fresh(value) or (start is not None and _is_still(value, start)))
+        and (is_fresh(value) or (start is not None and is_still(value, start)))
         for value, start in zip(update.values, began, strict=True)
     )
     return task.overwritten
@@ -59,7 +59,7 @@ def is_overwritten(task: Task) -> bool:
     if not drop_if_written(task):
         left = gathered(task.last.after, task.positions)
         task.overwritten = not all(
-            count is None or tensor is None or _is_still(physical(tensor)[0], value)
+            count is None or tensor is None or is_still(physical(tensor)[0], value)
             for tensor, value, count in zip(_fast(task), left, counts, strict=True)
         )
     return task.overwritten
@@ -113,11 +113,6 @@ def _more(counts: Sequence[int | None], before: Sequence[int | None]) -> bool:
         now is not None and then is not None and now > then
         for now, then in zip(counts, before, strict=True)
     )
-
-
-def _is_still(tensor: Tensor, value: Tensor | None) -> bool:
-    """Whether a tensor has the value it had, as far as that can be told without waiting."""
-    return value is None or tensor.dtype != value.dtype or was_left_alone(tensor, 0, value, 0)
 
 
 def _shares_memory(tensors: Sequence[Tensor | None], values: Values) -> bool:
