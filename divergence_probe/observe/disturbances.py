@@ -3,7 +3,8 @@
 Sharpness-aware minimisation (Foret et al., Sharpness-aware minimization for efficiently improving
 generalization, 2021, algorithm 1) goes up the gradient, takes the gradient there, goes back, and
 lets an optimizer step with it. What goes up may be an inner loop too (an adversary's); then nothing
-is put back before it goes on.
+is put back before it goes on. Second-order DARTS (Liu et al., 2019, equation 8) takes a gradient on
+both sides along the gradient of its virtual step, and goes back: that is no outer step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.snapshot import Values
 from divergence_probe.observe.task import Task
 
-# There and back again is two roundings of half a unit each, of either number.
+# There and back again is two roundings of half a unit each, of either number (by the other side, of
+# three).
 _ROUNDINGS = 2
 
 
@@ -44,12 +46,19 @@ def is_undone(task: Task, parameters: Sequence[Tensor]) -> bool:
     if task.first is None:
         return False
     places = task.places()
+    found = [(p, places[id(p)]) for p in parameters if id(p) in places]
+    before, after = task.first.before, task.first.after
+    return are_back([(p, before[place], after[place]) for p, place in found])
+
+
+def are_back(moves: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]) -> bool:
+    """Whether parameters that were moved are back, but for rounding.
+
+    Args:
+        moves: each as it is now, as it was before it was moved, and as it was after.
+    """
     moved = off = size = 0.0
-    for parameter in parameters:
-        place = places.get(id(parameter))
-        if place is None:
-            continue
-        before, after = task.first.before[place], task.first.after[place]
+    for parameter, before, after in moves:
         if before is None or after is None or not is_at_hand(parameter, worth_a_wait):
             return False
         unit = torch.finfo(parameter.dtype).eps

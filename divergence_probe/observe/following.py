@@ -27,6 +27,7 @@ from divergence_probe.observe.recital import Heard, Recital
 from divergence_probe.observe.snapshot import shapes_of
 from divergence_probe.observe.standstill import note_standstill
 from divergence_probe.observe.tensors import (
+    address_of,
     are_plain,
     batched,
     changes_of,
@@ -374,6 +375,8 @@ class Follower(TorchFunctionMode):
             if parameter is not None:
                 pending.marks[index] = mark_of(parameter)
                 pending.uncounted |= _is_uncounted(target, parameter, operation)
+        if index is None and taken.gradients and operation.overwrites:
+            pending.loaded[address_of(target)] = target.shape
         elsewhere = index is None and taken.gradients and self._elsewhere is not None
         if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
             self._lineage.drop(target)

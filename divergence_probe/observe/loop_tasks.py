@@ -18,7 +18,7 @@ from torch import Tensor
 from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.at_hand import mark_of, was_left_alone
 from divergence_probe.observe.capture import Forwards, Number
-from divergence_probe.observe.disturbances import goes_up, is_undone
+from divergence_probe.observe.disturbances import are_back, goes_up, is_undone
 from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -56,6 +56,7 @@ class LoopThread(threading.local):
         self.pending: Pending | None = None
         self.task: Task | None = None
         self.waiting: list[Pending] = []
+        self.displaced: Pending | None = None  # its base was written to, and may be put back
         self.follower: Follower | None = None
         self.forwards = Forwards()
         self.extends = False
@@ -290,6 +291,7 @@ class LoopTasks:
 
     def end_task(self) -> None:
         """The current task is over; what ran since its last gradient was its query."""
+        self.settle_displaced()
         thread = self._thread
         task, thread.task = thread.task, None
         if task is None or task.ended:
@@ -398,14 +400,45 @@ class LoopTasks:
                 return task
         return None
 
-    def outer_elsewhere(self, pending: Pending) -> None:
+    def wrote_to_base(self, pending: Pending, following: Sequence[Tensor]) -> None:
+        """A base was written to with the gradient of its adapted weights: an outer step by hand.
+
+        Unless a gradient of something else is taken there, and the base is put back.
+
+        Args:
+            pending: the gradient.
+            following: what the next one is taken of, if one is.
+        """
+        self.settle_displaced()
+        task = self._adapting(pending)
+        if task is None:
+            return
+        own = identities(task.known.parameters)
+        if following and own.isdisjoint(map(id, following)):
+            self._thread.displaced = pending
+        else:
+            self._outer_elsewhere(pending, task)
+
+    def settle_displaced(self) -> None:
+        """Decide what a write to a base was, now that it goes on from where that is."""
+        pending, self._thread.displaced = self._thread.displaced, None
+        task = self._adapting(pending) if pending is not None else None
+        if pending is None or task is None:
+            return
+        before = outer_steps.columns_of(pending, task)[0]
+        moves = [
+            (tensor, before[place], after)
+            for place, (after, _) in pending.base_written.items()
+            if (tensor := task.known.parameters[place]()) is not None
+        ]
+        if not are_back(moves):
+            self._outer_elsewhere(pending, task)
+
+    def _outer_elsewhere(self, pending: Pending, task: Task) -> None:
         """Record the step of a base that was taken with the gradient of its adapted weights.
 
         That may have been summed up over tasks, or be one of many: no gradient is recorded.
         """
-        task = self._adapting(pending)
-        if task is None:
-            return
         moved = [t for i in pending.base_written if (t := task.known.parameters[i]()) is not None]
         before, after, site = outer_steps.columns_of(pending, task)
         self._session.confirm(task)

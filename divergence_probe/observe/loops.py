@@ -393,7 +393,7 @@ class Loops:
         else:
             self.tasks.not_a_step(pending)
             if pending.base_written:
-                self.tasks.outer_elsewhere(pending)
+                self.tasks.wrote_to_base(pending, following)
 
     def _restored(self, task: Task) -> None:
         """The weights a task adapted in place were loaded anew."""

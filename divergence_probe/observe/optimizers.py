@@ -176,6 +176,7 @@ class Optimizers:
 
     def _begin(self, optimizer: Any, facts: OptimizerFacts, parameters: list[Tensor]) -> Step:
         pending = self._consumed(parameters)
+        self._loops.tasks.settle_displaced()
         disturbed = self._loops.tasks.undone(parameters)
         target = self._targets.of(optimizer, parameters, pending)
         parameters = target.parameters

@@ -12,7 +12,7 @@ from divergence_probe.observe.models import Models
 from divergence_probe.observe.pending import Pending
 from divergence_probe.observe.recital import Recital
 from divergence_probe.observe.snapshot import are_whole, is_empty, shapes_of, snapshot
-from divergence_probe.observe.tensors import base_of, batched, physical
+from divergence_probe.observe.tensors import address_of, base_of, batched, physical
 from divergence_probe.record.schema import FLAGS
 
 
@@ -53,6 +53,8 @@ def resolve(
         return _in_place(pending)
     if pending.recited is not None:
         return _recited(pending, pending.recited)
+    if pending.loaded and (loaded := _loaded(pending, following)) is not None:
+        return loaded
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
     if not elsewhere and _discarded(pending, following):
@@ -108,6 +110,19 @@ def _recited(pending: Pending, recital: Recital) -> Update:
         for index, made in enumerate(recital.made)
     ]
     return Update(tensors, snapshot(values, copy=False))
+
+
+def _loaded(pending: Pending, following: Sequence[Tensor]) -> Update | None:
+    """What the update was loaded into, if the next gradient is taken of that (and maybe of more).
+
+    So the original DARTS code makes its virtual step: one vector of all weights, cut up again and
+    loaded into a model of its own.
+    """
+    places = {address_of(tensor): tensor for tensor in following if tensor.is_leaf}
+    made = [places[address] for address in pending.loaded if address in places]
+    if pending.width > 1 or [tensor.shape for tensor in made] != list(shapes_of(pending.before)):
+        return None
+    return Update(list(made), snapshot(made, copy=True))
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
