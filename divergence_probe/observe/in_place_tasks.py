@@ -22,9 +22,10 @@ from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.optimizer_facts import Step
 from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.projections import are_only_bounded
 from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
-from divergence_probe.observe.snapshot import are_equal, gathered, is_empty, spread
+from divergence_probe.observe.snapshot import are_equal, are_whole, gathered, is_empty, spread
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import identities
 
@@ -202,11 +203,15 @@ class InPlaceTasks:
             return no_difference(found, gathered(task.last.after, step.positions), worth_a_wait)
         if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
-        return all(
-            value is None
-            or was_left_alone(value, mark, task.last.after[place], task.marks.get(place))
-            for value, mark, place in zip(step.before, step.marks, step.positions, strict=True)
-        )
+        left = gathered(task.last.after, step.positions)
+        if all(
+            value is None or was_left_alone(value, mark, was, task.marks.get(place))
+            for value, mark, was, place in zip(
+                step.before, step.marks, left, step.positions, strict=True
+            )
+        ):
+            return True
+        return are_whole(step.before) and are_only_bounded(step.before, left)
 
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""

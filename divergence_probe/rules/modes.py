@@ -256,10 +256,11 @@ class DropoutWhileEvaluating(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Remember tasks with active dropout; an outer step makes them training."""
-        if frame.events("outer-step"):
-            self._waiting.clear()
-            return iter(())
         hit = frame.query & (frame.block.dropout == 1).any(1)
+        trained = [event.seconds for event in frame.events("outer-step")]
+        if trained:
+            self._waiting.clear()
+            hit &= frame.block.scalars["seconds"] > max(trained)
         for row in frame.first_rows(hit):
             layers = tuple(
                 frame.block.layout.dropouts[c]

@@ -1,0 +1,48 @@
+"""Weights that are brought back into bounds after a step: the loop goes on, nothing was restored.
+
+So the critic of the first Wasserstein GAN stays Lipschitz (Arjovsky et al., Wasserstein generative
+adversarial networks, 2017, algorithm 1), a perturbation stays small, a factor stays nonnegative.
+Told by value: each weight is what the step made of it, or at a bound that it was beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from divergence_probe.observe.at_hand import is_at_hand
+
+# Of fewer weights any two values look like bounds.
+_FEWEST = 3
+
+
+def are_only_bounded(now: Sequence[Tensor], left: Sequence[Tensor | None]) -> bool:
+    """Whether weights are those that a step left, but for bounds that some were beyond.
+
+    The bounds may be one parameter's own, or those of all. Looked at only where that waits for
+    nothing.
+
+    Args:
+        now: the weights before the next step.
+        left: what the step before made of them, None unknown.
+    """
+    pairs = [(a, b) for a, b in zip(now, left, strict=True) if b is not None and a.numel()]
+    if any(not is_at_hand(a) or not is_at_hand(b) or a.shape != b.shape for a, b in pairs):
+        return False
+    changed = [(a, b) for a, b in pairs if not torch.equal(a, b)]
+    if not changed or sum(a.numel() for a, _ in pairs) < _FEWEST:
+        return False
+    lowest, highest = min(float(a.min()) for a, _ in pairs), max(float(a.max()) for a, _ in pairs)
+    return all(_is_clamped(a, b) or _lies_between(a, b, lowest, highest) for a, b in changed)
+
+
+def _is_clamped(now: Tensor, left: Tensor) -> bool:
+    """By bounds of its own. (A constant is what weights are made as, and may be set to again.)"""
+    lowest, highest = float(now.min()), float(now.max())
+    return now.numel() >= _FEWEST and _lies_between(now, left, lowest, highest)
+
+
+def _lies_between(now: Tensor, left: Tensor, lowest: float, highest: float) -> bool:
+    return lowest < highest and torch.equal(left.clamp(lowest, highest), now)
