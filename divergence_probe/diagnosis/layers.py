@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from divergence_probe.record.schema import CONTAINERS, MISSING, Block, Flags, ParameterInfo
-
-_NAMELESS = "param["
+from divergence_probe.record.schema import (
+    CONTAINERS,
+    MISSING,
+    NAMELESS,
+    Block,
+    Flags,
+    ParameterInfo,
+)
 
 
 class WatchedLayers:
@@ -47,7 +52,7 @@ class _Met:
     def __init__(self, model: str, parameters: Sequence[ParameterInfo]) -> None:
         self.model = model
         self.parameters = parameters
-        self.is_nameless = all(p.name.startswith(_NAMELESS) for p in parameters)
+        self.is_nameless = all(p.name.startswith(NAMELESS) for p in parameters)
 
     def holds(self, part: _Met) -> bool:
         """Whether all parameters of ``part`` are among its own, in the same order."""
@@ -66,7 +71,7 @@ def _is_loose(parameter: ParameterInfo) -> bool:
 
 
 def _is_numbered(parameter: ParameterInfo) -> bool:
-    return parameter.name.startswith(_NAMELESS)
+    return parameter.name.startswith(NAMELESS)
 
 
 def _is_same(whole: ParameterInfo, part: ParameterInfo, alike: bool) -> bool:

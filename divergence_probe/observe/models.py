@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from divergence_probe.observe.at_hand import all_same, are_same, worth_a_wait
 from divergence_probe.observe.tensors import are, is_fresh
-from divergence_probe.record.schema import CONTAINERS, Layout, ParameterInfo
+from divergence_probe.record.schema import CONTAINERS, NAMELESS, Layout, ParameterInfo
 
 #: Wrappers that prefix every name without being part of the user's model.
 _WRAPPERS = frozenset(
@@ -455,7 +455,7 @@ def _owns(module: nn.Module, wanted: set[int]) -> bool:
 
 def _positional_name(index: int, tensor: Tensor, use: str) -> str:
     shape = "x".join(str(size) for size in tensor.shape) or "scalar"
-    return f"param[{index}] {shape} {use}".rstrip()
+    return f"{NAMELESS}{index}] {shape} {use}".rstrip()
 
 
 def fast_module_names(model: nn.Module) -> dict[int, str]:

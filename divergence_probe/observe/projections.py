@@ -39,7 +39,7 @@ def are_only_bounded(now: Sequence[Tensor], left: Sequence[Tensor | None]) -> bo
 
 
 def _is_clamped(now: Tensor, left: Tensor) -> bool:
-    """By bounds of its own. (A constant is what weights are made as, and may be set to again.)"""
+    """By bounds of its own; not a constant: weights are made as one, and may be set to it again."""
     lowest, highest = float(now.min()), float(now.max())
     return now.numel() >= _FEWEST and _lies_between(now, left, lowest, highest)
 

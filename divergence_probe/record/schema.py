@@ -95,6 +95,8 @@ FLAGS = {
 
 #: Modules that hold parameters without being a layer.
 CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
+#: How the name of a parameter begins that no module owns; its index and its shape follow.
+NAMELESS = "param["
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import Array, Flags
+from divergence_probe.record.schema import NAMELESS, Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.usual_loss import LITTLE, UsualLoss
 from divergence_probe.thresholds import Thresholds
 
-# Tasks whose first losses say what is usual.
-_TASKS = 64
 _DECADE = 10.0
+# Weights smaller than they are made anywhere (root mean square) have no scale of their own.
+_NEXT_TO_NOTHING = 1e-2
 
 
 class NormExplosion(Rule):
@@ -25,9 +25,10 @@ class NormExplosion(Rule):
     Compares each parameter's norm after every inner step with its norm when the task began.
     Parameters smaller than most (zero-initialised heads, biases) have no scale of their own: they
     are measured against the median of all. A decade counts where the loss does not get below the
-    task's first (nor above it, where steps go up its gradient); three decades count always. A
-    task's only step from weights next to nothing to weights below 1 (root mean square) counts where
-    the query's loss is a decade above the first.
+    task's first (nor above it, where steps go up its gradient); three decades count always, of
+    weights that begin next to nothing (below 0.01, root mean square) and end where they are meant
+    to, from there on. A task's only step from weights next to nothing to weights below 1 counts
+    where the query's loss is a decade above the first.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
@@ -64,6 +65,7 @@ class NormExplosion(Rule):
             meant = falling | (rising & _goes_up(frame))
             spared = meant[:, None] | _has_no_scale(frame, grown)
             over = growth >= np.where(spared, bounds[1], bounds[0])
+            over &= ~meant[:, None] | (_from_next_to_nothing(frame, growth) >= bounds[1])
         for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
 
@@ -99,11 +101,35 @@ class NormExplosion(Rule):
         )
 
 
+def _sizes(frame: Frame) -> Array:
+    """``[P]`` the norm of each parameter if its elements were 1."""
+    return np.sqrt([max(math.prod(p.shape), 1) for p in frame.block.layout.parameters])
+
+
+def _from_next_to_nothing(frame: Frame, growth: Array) -> Array:
+    """``[S, P]`` growth, beside :data:`_NEXT_TO_NOTHING` where a parameter began below that.
+
+    An image that is drawn, a perturbation: from nothing to something is no explosion.
+    """
+    with np.errstate(all="ignore"):
+        short = _NEXT_TO_NOTHING * _sizes(frame) / frame.start_norm
+    return np.where(short > 1, growth / short, growth)
+
+
 def _goes_up(frame: Frame) -> Flags:
     """``[S]`` where every parameter goes up its gradient: a reward is meant to rise."""
     rates = frame.block.parameters["step_rate"]
     seen = np.isfinite(rates)
     return np.asarray(seen.any(1) & ((rates < 0) | ~seen).all(1))
+
+
+def _climbs(frame: Frame) -> Flags:
+    """``[S]`` tasks most of whose steps go up, in what is no weight of a model."""
+    if not all(info.name.startswith(NAMELESS) for info in frame.block.layout.parameters):
+        return np.zeros(len(frame.block), dtype=bool)
+    up = frame.support & _goes_up(frame)
+    mostly = 2 * frame.by_task.count(up) > frame.by_task.count(frame.support)
+    return np.asarray(mostly[frame.by_task.of_row])
 
 
 def _lowest_from_here(frame: Frame, chosen: Flags, sign: float = 1.0) -> Array:
@@ -130,7 +156,7 @@ def _has_no_scale(frame: Frame, chosen: Flags) -> Flags:
     loss was there before the step: what tells is the query's, or weights beyond 1.
     """
     result = np.zeros(frame.growth.shape, dtype=bool)
-    sizes = np.sqrt([max(math.prod(p.shape), 1) for p in frame.block.layout.parameters])
+    sizes = _sizes(frame)
     scalars, after = frame.block.scalars, frame.block.parameters["norm_after"]
     for task in np.flatnonzero(frame.by_task.any(chosen)).tolist():
         rows = frame.by_task.rows(task)
@@ -149,7 +175,8 @@ class LossExplosion(Rule):
 
     ## What it does
     Compares each inner step's loss with the task's first, and with the median of the tasks' first
-    losses at this line: one sample's loss alone may be anything.
+    losses at this line: one sample's loss alone may be anything. Not where most steps go up the
+    gradient of what no model owns (an input under attack, say): there it is meant to grow.
 
     ## Why it is bad
     The steps move away from a solution. Adaptation makes the model worse than no adaptation.
@@ -174,36 +201,18 @@ class LossExplosion(Rule):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        self._firsts: dict[tuple[int, float], deque[float]] = {}
-
-    def _note_firsts(self, frame: Frame) -> None:
-        """Remember the first losses of the tasks that begin, by the line they are taken at."""
-        rows = np.flatnonzero(frame.begins & np.isfinite(frame.first_loss))
-        lines = frame.block.scalars["site"][rows].tolist()
-        firsts = np.abs(frame.first_loss[rows]).tolist()
-        for line, loss in zip(lines, firsts, strict=True):
-            known = self._firsts.setdefault((frame.block.rank, line), deque(maxlen=_TASKS))
-            known.append(loss)
-
-    def _usual(self, frame: Frame) -> Array:
-        """``[S]`` the median of the latest tasks' first losses at each row's line."""
-        lines = frame.block.scalars["site"]
-        result = np.zeros(len(frame.block))
-        for line in np.unique(lines).tolist():
-            known = self._firsts.get((frame.block.rank, line))
-            if known:
-                result[lines == line] = float(np.median(known))
-        return result
+        self._usual = UsualLoss()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step whose loss passed the bound."""
-        self._note_firsts(frame)
+        usual = self._usual.of(frame)
         losses, bound = frame.block.scalars["loss"], self.thresholds["loss-growth"]
         with np.errstate(invalid="ignore", divide="ignore"):
-            scale = np.fmax(np.abs(frame.first_loss), 1e-2)
+            scale = np.fmax(np.abs(frame.first_loss), LITTLE)
             over = frame.support & np.asarray(losses / scale >= bound)
             if over.any():  # beside its own first loss; then beside what is usual, too
-                over &= np.asarray(losses / np.fmax(scale, self._usual(frame)) >= bound)
+                over &= np.asarray(losses / np.fmax(scale, usual) >= bound)
+                over &= ~_climbs(frame)
         for row in frame.first_rows(over):
             first, here = float(frame.first_loss[row]), float(losses[row])
             step = int(frame.step[row])

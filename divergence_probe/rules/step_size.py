@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import Array, Flags
+from divergence_probe.record.schema import NAMELESS, Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import (
@@ -16,6 +16,7 @@ from divergence_probe.rules.quantities import (
     known,
     whole,
 )
+from divergence_probe.rules.usual_loss import LITTLE, UsualLoss
 from divergence_probe.thresholds import Thresholds
 
 # Half the spacing of numbers, as a part of them: what of an update may be lost.
@@ -30,8 +31,9 @@ class IneffectiveStep(Rule):
 
     ## What it does
     Reports a task in which every layer moved by less than a hundred-thousandth of its norm in
-    every step while the gradient was not small: following it would have lowered the loss. An update
-    below half the spacing of the numbers is rounded away: then not one weight moves.
+    every step while the gradient was not small: following it would have lowered the loss. Not where
+    the same line moves the weights of other tasks: one that has nothing to gain moves by nothing.
+    An update below half the spacing of the numbers is rounded away: then not one weight moves.
 
     ## Why it is bad
     The query is answered by the base model; there is no inner loop in effect.
@@ -55,8 +57,14 @@ class IneffectiveStep(Rule):
     severity = Severity.WARNING
     cause = "ineffective-inner-step"
 
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._usual = UsualLoss()
+        self._moving: set[tuple[int, float]] = set()  # lines (of a rank) that moved weights
+
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at its first step."""
+        usual = self._usual.of(frame)
         before, update = known(frame, "norm_before"), known(frame, "update_norm")
         gradient = known(frame, "gradient_norm")
         moved = np.isfinite(gradient) & (gradient > 0) & ~_half(frame)
@@ -68,12 +76,14 @@ class IneffectiveStep(Rule):
         largest = relative.max(axis=1, initial=-1)
         tiny = (largest > 0) & (largest < self.thresholds["ineffective-update"])
         hit = frame.support & (tiny | (_rounded(frame, moved) & (largest == 0)))
+        hit &= ~self._moves(frame, frame.support & (largest > 0) & ~tiny)
         if not hit.any():
             return
         with np.errstate(all="ignore"):
             # d loss / d ln |w|, as a part of the loss: what a change of the weights could do
             lever = np.nansum(np.where(moved, gradient * before, 0.0), axis=1)
-            lever = lever / np.abs(frame.block.scalars["loss"])
+            loss = np.fmax(np.abs(frame.block.scalars["loss"]), LITTLE)
+            lever = lever / np.fmax(loss, usual)
         hit &= lever > self.thresholds["effective-gradient"]
         for row in frame.first_rows(hit & ~frame.of_tasks(frame.support & ~hit)):
             if largest[row] == 0:
@@ -91,6 +101,13 @@ class IneffectiveStep(Rule):
                 },
                 fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
             )
+
+    def _moves(self, frame: Frame, moved: Flags) -> Flags:
+        """``[S]`` rows of lines that have ``moved`` weights of some task: their rate is right."""
+        sites = frame.block.scalars["site"]
+        self._moving |= {(frame.block.rank, site) for site in np.unique(sites[moved]).tolist()}
+        known_ones = [site for rank, site in self._moving if rank == frame.block.rank]
+        return np.asarray(np.isin(sites, known_ones))
 
     def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
         """Not one weight moved: which is the closest to it, and what would move it."""
@@ -218,7 +235,7 @@ class NegativeLearningRate(Rule):
         if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
             return True
         names = (info.name for info in frame.block.layout.parameters)
-        own = not all(name.startswith("param[") for name in names)
+        own = not all(name.startswith(NAMELESS) for name in names)
         return own or (frame.block.rank, frame.block.layout.index) in self._bases
 
     def _note_base(self, frame: Frame) -> None:
