@@ -45,6 +45,8 @@ def _clip(
         with guard.work():
             bound: Any = args[0] if args else kwargs.get("max_norm", kwargs.get("clip_value"))
             session.clipped = changed(result, largest, float(bound))
+            if changed is _by_norm and isinstance(result, Tensor) and waits_for_nothing(result):
+                session.unclipped = float(result)
         return result
 
     return clip

@@ -160,6 +160,8 @@ class _Autograd(GradientCalls):
             with guard.work():
                 made = list(result.values()) if isinstance(result, dict) else list(result)
                 self._loops.gradient(site, "grad", loss, tensors, made)
+                if _retains(*args, **kwargs):
+                    self._loops.retained(loss)
                 self._forensics.after(loss, tensors, made, self._names)
             return result
 
@@ -269,6 +271,8 @@ class _Autograd(GradientCalls):
                 self._loops.gradient(
                     site, "backward", loss, reached, made, carried=carried, point=point
                 )
+                if _retains(*args, **kwargs):
+                    self._loops.retained(loss)
                 self._forensics.after(loss, parameters, None, self._names)
             return result
 
@@ -287,6 +291,13 @@ def first_tensor(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Tensor):
         return outputs
     return next((output for output in outputs if isinstance(output, Tensor)), None)
+
+
+def _retains(
+    weights: Any = None, retain_graph: Any = None, create_graph: Any = False, *_: Any, **__: Any
+) -> bool:
+    """Whether a gradient call leaves its graph whole, by what else it is called with."""
+    return bool(create_graph if retain_graph is None else retain_graph)
 
 
 def _is_nonzero(gradient: Tensor) -> bool:

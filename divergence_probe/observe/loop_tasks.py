@@ -480,6 +480,7 @@ class LoopTasks:
             if task.in_place:  # of a copy: whether it arrives at the base is another question
                 gradients = [gradient for gradient in pending.gradients if gradient is not None]
             loss = self._own_part(pending.loss, forwards.loss)
+            task.graph = pending.graph or task.graph
             session.query(task, forwards, loss, pending.site, pending.flags, gradients)
         self._thread.queries.clear()
 

@@ -27,6 +27,7 @@ from divergence_probe.observe.models import base_among
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.resolution import Update, resolve
+from divergence_probe.observe.retention import watched
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import (
     Values,
@@ -136,6 +137,15 @@ class Loops:
             pending.carried = [(ref(leaf), gradient) for leaf, gradient in carried]
             pending.point = point
         self._wait_for(pending, loss, inputs, gradients)
+
+    def retained(self, loss: Tensor | None) -> None:
+        """The graph of the gradient just taken was told to be left whole."""
+        graph, pending = watched(loss) if loss is not None else None, self._thread.pending
+        if pending is not None:
+            pending.graph = graph
+        task = self._session.of_library()
+        if task is not None and task.steps:
+            task.graph = graph
 
     def _wait_for(
         self,

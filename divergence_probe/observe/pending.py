@@ -19,6 +19,7 @@ from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
     from divergence_probe.observe.in_turn import Point
+    from divergence_probe.observe.retention import Watched
     from divergence_probe.observe.task import Task
 
 # How often what was learned at a line must have been right to be relied on without more evidence.
@@ -153,6 +154,7 @@ class Pending:
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
         made_by: one past the number of the autograd node that made its last input; -1 a leaf.
         ended: the next autograd node's number when it had been taken.
+        graph: of what it was taken of, where that was told to be left whole.
         point: where the leaves of a backward were, where they may be put back before it is used.
     """
 
@@ -199,6 +201,7 @@ class Pending:
     made_by: int = -1
     ended: int = -1
     point: Point | None = None
+    graph: weakref.ref[Watched] | None = None
 
     def set_loss(self, loss: Tensor | None) -> None:
         """Note what the gradient was taken of, and its value where it is a single number."""

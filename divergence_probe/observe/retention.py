@@ -1,4 +1,9 @@
-"""Whether graphs of finished tasks stay alive, from weak references to their fast weights."""
+"""Whether graphs of finished tasks stay alive: told by their fast weights, or by what hangs on them.
+
+A backward frees what a graph has saved, and with that most of its memory, unless it was told not to
+(``retain_graph=True``): then the loss alone keeps all of it. A graph's nodes are torch's own and
+cannot be referred to weakly, so a mark of ours is hung on one (:func:`watched`), to see it go.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from operator import call
+from typing import Any
 
 from torch import Tensor
 
@@ -19,17 +25,43 @@ _TASKS_KEPT = 6
 _COLLECTIONS = 3
 
 
+class Watched:
+    """Lives as long as the node of a graph that it is hung on."""
+
+    __slots__ = ("__weakref__",)
+
+
+def watched(loss: Tensor) -> weakref.ref[Watched] | None:
+    """A reference that is alive as long as the graph of a loss; None where it has none."""
+    node: Any = loss.grad_fn
+    if node is None:
+        return None
+    mark = node.metadata["divergence_probe"] = Watched()
+    return weakref.ref(mark)
+
+
 @dataclass
 class _Finished:
-    """A finished task: its number, where it began, after how many outer steps, fast weights."""
+    """A finished task.
+
+    Attributes:
+        number: among all of them.
+        site: where it began.
+        outer_steps: how many there had been.
+        fast: its fast weights.
+        graph: that of its query, where a backward left it whole.
+    """
 
     number: int
     site: int
     outer_steps: int
     fast: list[weakref.ref[Tensor]]
+    graph: weakref.ref[Watched] | None
 
     def alive(self) -> bool:
-        """Whether a graph still hangs on one of its fast weights."""
+        """Whether its graph is."""
+        if self.graph is not None and self.graph() is not None:
+            return True
         return any(t is not None and _carries_graph(t) for t in map(call, self.fast))
 
 
@@ -61,8 +93,18 @@ class Retention:
         self._meta_batch = max(self._meta_batch, self._ended - self._ended_at_outer_step)
         self._ended_at_outer_step = self._ended
 
-    def ended(self, site: int, fast: list[weakref.ref[Tensor] | None]) -> tuple[int, int] | None:
+    def ended(
+        self,
+        site: int,
+        fast: list[weakref.ref[Tensor] | None],
+        graph: weakref.ref[Watched] | None = None,
+    ) -> tuple[int, int] | None:
         """A task ended.
+
+        Args:
+            site: where it began.
+            fast: its fast weights.
+            graph: that of its query, where a backward left it whole.
 
         Returns:
             ``(number of tasks kept alive, site of the first)`` where that number has grown to
@@ -70,8 +112,8 @@ class Retention:
         """
         self._ended += 1
         references = [reference for reference in fast if reference is not None]
-        if references:
-            self._tasks.append(_Finished(self._ended, site, self._outer_steps, references))
+        if references or graph is not None:
+            self._tasks.append(_Finished(self._ended, site, self._outer_steps, references, graph))
         if self._ended % 4:
             return None
         grown = self._grown()

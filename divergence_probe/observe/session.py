@@ -8,6 +8,7 @@ to the pending rows.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -78,6 +79,8 @@ class Session:
         self.keeping: list[Callable[[nn.Module], None]] = []
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | Tensor | None = None
+        #: The norm of the gradients before they were clipped by it, where that is at hand.
+        self.unclipped: float | None = None
         self._retention = Retention()
         self.layer_names = LayerNames(self.models)
         self.name_forwards = self.layer_names.give
@@ -280,6 +283,8 @@ class Session:
         Or, ``around`` them, what no task adapts: rates, a network they are a part of.
         """
         self.finish_tasks()
+        if self.unclipped is not None and math.isfinite(self.unclipped):
+            data["unclipped_norm"] = self.unclipped
         clipped, flags = self._clipping(flags)
         row = Row(
             -1,
@@ -313,7 +318,7 @@ class Session:
 
     def _clipping(self, flags: int) -> tuple[Tensor | None, int]:
         """Flags with those of the clipping since the step before; what is read later."""
-        clipped, self.clipped = self.clipped, None
+        clipped, self.clipped, self.unclipped = self.clipped, None, None
         if clipped is None:
             return None, flags
         if isinstance(clipped, Tensor):
@@ -381,7 +386,7 @@ class Session:
         if task.provisional:
             return
         self.event("task-end", task, -1, steps=task.steps)
-        kept = self._retention.ended(task.site, [*task.fast, *task.began])
+        kept = self._retention.ended(task.site, [*task.fast, *task.began], task.graph)
         if kept is not None:
             self.event("graph-retained", task, kept[1], tasks=kept[0])
         if self.rows.is_due():

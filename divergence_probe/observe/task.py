@@ -14,6 +14,7 @@ from divergence_probe.observe.at_hand import Mark
 from divergence_probe.observe.capture import Forwards, Row
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.pending import Learned
+from divergence_probe.observe.retention import Watched
 from divergence_probe.observe.snapshot import Values
 
 
@@ -52,6 +53,7 @@ class Task:
             itself: so may later ones be.
         first: the row of its first step.
         came_to: values its weights ended with, once it is over.
+        graph: of its query, where a backward was told to leave it whole.
         recomputed: normalisation layers seen running again inside a gradient call.
         data: facts for its events.
     """
@@ -84,6 +86,7 @@ class Task:
     anchored: bool = False
     first: Row | None = None
     came_to: Values | None = None
+    graph: weakref.ref[Watched] | None = None
     recomputed: set[str | None] = field(default_factory=set)
     data: dict[str, Any] = field(default_factory=dict)
     ended: bool = False

@@ -6,12 +6,18 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from divergence_probe.record.schema import MISSING, Array
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import known, whole
 from divergence_probe.thresholds import Thresholds
+
+_CLIPPED = (
+    "clipping made it zero, for its norm had overflowed",
+    "torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0, error_if_nonfinite=True)",
+)
 
 
 class NoMetaGradient(Rule):
@@ -92,7 +98,9 @@ class NoMetaGradient(Rule):
     def _describe(self, frame: Frame, row: int) -> Iterator[Finding]:
         held = int((frame.block.parameters["norm_before"][row] != MISSING).sum())
         if held:
-            why, fix = self._reason()
+            zero = bool((frame.block.parameters["gradient_norm"][row] == 0).any())
+            clipped = zero and bool(frame.flagged("clipped")[row])
+            why, fix = _CLIPPED if clipped else self._reason()
             yield self.at(
                 frame,
                 row,
@@ -157,6 +165,7 @@ class MetaGradientExplosion(Rule):
 
     ## Why it is bad
     The outer step follows chaos: its direction is noise and its size what clipping makes of it.
+    (Where it is clipped by its norm, the norm before that is what is compared.)
 
     ## Example
     ```python
@@ -204,16 +213,17 @@ class MetaGradientExplosion(Rule):
         if alone:  # the inner steps before each of them were in the frame before
             largest[:], steps[:], second[:] = largest[0], steps[0], second[0]
         bound = self.thresholds["meta-gradient-growth"] * largest[:-1]
-        over = np.isfinite(norms[rows]) & (norms[rows] > bound) & (bound != 0)
+        reached = np.fmax(norms[rows], _before_clipping(frame, rows))
+        over = np.isfinite(reached) & (reached > bound) & (bound != 0)
         for number in np.flatnonzero(over & (second[:-1] > 0)).tolist():
-            yield self._describe(
-                frame, int(rows[number]), float(largest[number]), float(steps[number])
-            )
+            row, norm = int(rows[number]), float(reached[number])
+            yield self._describe(frame, row, norm, float(largest[number]), float(steps[number]))
         self._largest, self._steps = float(largest[-1]), float(steps[-1])
         self._second_order = bool(second[-1])
 
-    def _describe(self, frame: Frame, row: int, largest: float, steps: float) -> Finding:
-        norm = float(whole(frame, "gradient_norm")[row])
+    def _describe(
+        self, frame: Frame, row: int, norm: float, largest: float, steps: float
+    ) -> Finding:
         rate = (norm / largest) ** (1 / max(steps, 1))
         return self.at(
             frame,
@@ -228,6 +238,16 @@ class MetaGradientExplosion(Rule):
             },
             fix="Unroll fewer inner steps, or lower the inner learning rate.",
         )
+
+
+def _before_clipping(frame: Frame, rows: npt.NDArray[np.intp]) -> Array:
+    """``[len(rows)]`` norms of outer gradients before they were clipped by them; nan unknown."""
+    steps = [(event.seconds, event.data) for event in frame.events("outer-step")]
+    norms = [float(data.get("unclipped_norm", math.nan)) for _, data in steps]
+    # An event comes right after its row; one of other parameters has its row elsewhere.
+    places = np.searchsorted([time for time, _ in steps], frame.block.scalars["seconds"][rows])
+    found: Array = np.array([*norms, math.nan])[np.minimum(places, len(norms))]
+    return found
 
 
 def _over_its_weights(frame: Frame) -> Array:
@@ -354,20 +374,23 @@ class GraphRetained(Rule):
     """Graphs of finished tasks stay alive: memory grows from task to task.
 
     ## What it does
-    Keeps weak references to each task's fast weights and counts those that still carry a graph
-    after the outer step that should have been their last use.
+    Counts tasks whose graph is still there after the outer step that should have been its last
+    use: their fast weights carry it, or a loss does after a backward that left it whole. (Any
+    other backward frees nearly all of a graph's memory; a loss that is kept then is no finding.)
 
     ## Why it is bad
     Memory grows with every task until the process is killed.
 
     ## Example
     ```python
-    total += query_loss                # keeps every task's graph
+    query_loss.backward(retain_graph=True)
+    history.append(query_loss)         # keeps every task's graph
     ```
 
     ## Use instead
     ```python
-    total += query_loss.item()
+    query_loss.backward()
+    history.append(query_loss.item())
     ```
 
     ## References
