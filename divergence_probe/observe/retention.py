@@ -1,4 +1,4 @@
-"""Whether graphs of finished tasks stay alive: told by their fast weights, or by what hangs on them.
+"""Whether graphs of finished tasks stay alive: by their fast weights, or by what hangs on them.
 
 A backward frees what a graph has saved, and with that most of its memory, unless it was told not to
 (``retain_graph=True``): then the loss alone keeps all of it. A graph's nodes are torch's own and

@@ -161,7 +161,10 @@ class NonFiniteInput(_Forensic):
             else "an operand"
         )
         where = f"{data['operation']}{_in(data)}"
-        return f"the data is not finite before any weight touches it: {many} given to {where}"
+        return (
+            f"what enters the loss is not finite, and no gradient goes through it: {many} given to "
+            f"{where} (data, or what was computed of it outside the graph)"
+        )
 
 
 class SingularForward(_Forensic):

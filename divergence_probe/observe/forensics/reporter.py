@@ -43,6 +43,7 @@ class Reporter:
         #: Faults that were found and are not reported yet.
         self.waiting: list[Fault] = []
         self._keys: set[tuple[object, ...]] = set()
+        self._outside = False  # whether the fault known is one outside of tasks
         self._budget = _ARMED_IN_ALL
 
     @property
@@ -54,6 +55,8 @@ class Reporter:
         """Take a new fault; one like an earlier one is dropped, a suspicion gives way to proof."""
         key = (fault.phase, fault.what, fault.operation, fault.layer, fault.certain)
         if key in self._keys or len(self._keys) >= _MOST_FAULTS:
+            return
+        if fault.what == "input" and self._came_of_an_earlier_one(window):
             return
         self._keys.add(key)
         fault.place, fault.site = place, window.site
@@ -72,6 +75,22 @@ class Reporter:
             self._release(fault)
         if fault in self.waiting:
             self.case.armed = min(_ARMED_CALLS, self._budget)
+
+    def _came_of_an_earlier_one(self, window: Window) -> bool:
+        """What enters a task is bad after an operation outside of it failed: that is the fault.
+
+        (In the outer loop, of what the tasks are given: data that is learned, weights of samples.)
+        """
+        failed = (f for f in self.waiting if f.what == "operation" and f.certain)
+        earlier = next((fault for fault in failed if not _confirmed(fault)), None)
+        if earlier is None:
+            return self._outside
+        self._outside = True
+        if window.task is not None:  # (or one that is seen to be given it will follow)
+            earlier.task, earlier.step = window.task, window.step
+        if self._complete(earlier):
+            self._release(earlier)
+        return True
 
     def latest_was_before(self, window: Window) -> None:
         """The fault just found was made by the step before ``window``'s."""
