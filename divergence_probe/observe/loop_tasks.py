@@ -511,6 +511,9 @@ class LoopTasks:
             return  # it may have gone where it cannot be followed: who knows what it is used for
         if not isinstance(loss, float):
             return  # it would be waited for, or is that of several tasks
+        task = self.queried(pending)
+        if task is not None and task.steps and not task.in_place:
+            return  # it went through its steps: whoever makes use of it, it is no step of theirs
         # An optimizer that was handed this gradient counts its write, also where nothing moved.
         versions = [tensor._version for tensor in inputs if tensor is not None]
         key = (pending.site, tuple(map(id, inputs)), *versions, loss)

@@ -35,6 +35,9 @@ from divergence_probe.observe.snapshot import is_empty, pair, snapshot, spread
 from divergence_probe.observe.step_targets import Targets
 from divergence_probe.observe.tensors import identities
 
+# Steps of originals, while the gradients are in copies, that are no coincidence.
+_PASSED_BY = 3
+
 
 def install(patches: Patches, session: Session, loops: Loops) -> None:
     """Watch every ``torch.optim`` step."""
@@ -182,6 +185,8 @@ class Optimizers:
         parameters = target.parameters
         if pending is None and target.base is not None:
             self._check_base_weights(parameters)
+        elif pending is None:
+            self._check_copies(parameters)
         if pending is not None:
             self._session.name_forwards(pending.forwards, target.known, None)
         before, gradients = pair(parameters, [p.grad for p in parameters], (True, True))
@@ -216,6 +221,20 @@ class Optimizers:
         bases = [origin for origin in origins if origin is not None and id(origin) in reached]
         if bases:
             self._session.runs_base_weights(bases, waiting.site)
+
+    def _check_copies(self, parameters: list[Tensor]) -> None:
+        """Originals are stepped without a gradient, after a backward that went into their copies."""
+        waiting = self._loops.pending
+        if waiting is None or any(parameter.grad is not None for parameter in parameters):
+            return
+        inputs = [tensor for r in waiting.inputs if (tensor := r()) is not None]
+        origins = self._session.models.origins_of(inputs) if inputs else None
+        if origins is None or not set(map(id, origins)) <= set(map(id, parameters)):
+            return
+        waiting.passed_by += 1
+        if waiting.passed_by == _PASSED_BY:
+            times = waiting.passed_by
+            self._session.event("repeated-gradient", None, waiting.site, times=times)
 
     def _consumed(self, parameters: list[Tensor]) -> Pending | None:
         """The pending gradient this optimizer acts on, if it is its own."""

@@ -154,6 +154,7 @@ class Pending:
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
         made_by: one past the number of the autograd node that made its last input; -1 a leaf.
         ended: the next autograd node's number when it had been taken.
+        passed_by: how often an optimizer stepped what its inputs are copies of, without a gradient.
         graph: of what it was taken of, where that was told to be left whole.
         point: where the leaves of a backward were, where they may be put back before it is used.
     """
@@ -201,6 +202,7 @@ class Pending:
     made_by: int = -1
     ended: int = -1
     point: Point | None = None
+    passed_by: int = 0
     graph: weakref.ref[Watched] | None = None
 
     def set_loss(self, loss: Tensor | None) -> None:
