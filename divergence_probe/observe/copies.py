@@ -159,6 +159,8 @@ def _load(session: Session, states: _States, original: Callable[..., Any]) -> Ca
                     session.restored(adapting, session.sites.here())
                 state = args[0] if args else kwargs.get("state_dict")
                 _note_loaded(session, self, states.origin_of(self, state))
+                for loaded in session.loaded:
+                    loaded(self)
         return result
 
     return load_state_dict

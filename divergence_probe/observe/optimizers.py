@@ -223,7 +223,7 @@ class Optimizers:
             self._session.runs_base_weights(bases, waiting.site)
 
     def _check_copies(self, parameters: list[Tensor]) -> None:
-        """Originals are stepped without a gradient, after a backward that went into their copies."""
+        """Originals are stepped without a gradient, after a backward into their copies."""
         waiting = self._loops.pending
         if waiting is None or any(parameter.grad is not None for parameter in parameters):
             return

@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 128
 # Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
 _SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
 _SHARE_OF_TIME = 0.003
-_ROWS_HELD = 32
+_ROWS_HELD = 128
 
 
 class Sink(Protocol):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from divergence_probe.observe.at_hand import is_at_hand, worth_a_wait
 from divergence_probe.observe.models import KnownModel
@@ -123,6 +123,7 @@ class Reptile:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        session.loaded.append(self.loaded)
         self._bases: weakref.WeakKeyDictionary[KnownModel, _Base] = weakref.WeakKeyDictionary()
         self._stepped: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         self._waiting: weakref.WeakKeyDictionary[KnownModel, tuple[_Base, Sequence[Tensor]]] = (
@@ -157,6 +158,19 @@ class Reptile:
         base = self._bases.get(task.known)
         if base is not None:
             base.task = task
+
+    def loaded(self, module: nn.Module) -> None:
+        """A module has loaded a state: the base may be gone by the time its next task would begin.
+
+        (Put back where its tasks began, it waits for the next one of them.)
+        """
+        for known, base in list(self._bases.items()):
+            if known.model is None or known.model() is not module:
+                continue
+            now = [known.parameters[position]() for position in base.positions]
+            values = snapshot(now, copy=True)
+            if are_whole(values) and _are_at_hand(values) and not _equal(base.start, values):
+                self.begins(known, base.positions, values)
 
     def close(self) -> None:
         """The run is over: the last step is seen by what the base is now."""

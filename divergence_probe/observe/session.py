@@ -77,6 +77,8 @@ class Session:
         self.restoring: list[Callable[[Task], None]] = []
         #: Called with a module whose state is asked for, or that is copied: it may be kept.
         self.keeping: list[Callable[[nn.Module], None]] = []
+        #: Called with a module that has loaded a state.
+        self.loaded: list[Callable[[nn.Module], None]] = []
         self.starting: list[Callable[[], None]] = []
         self.clipped: bool | Tensor | None = None
         #: The norm of the gradients before they were clipped by it, where that is at hand.
