@@ -175,8 +175,14 @@ def _batch_statistics(data: Tensor) -> Tensor | None:
 
 
 def _first_of_phase(forwards: Forwards, module: nn.Module | None, weight: Tensor | None) -> bool:
-    """Whether this layer was not called yet since the last gradient."""
+    """Whether this layer was not called yet since the last gradient, or the last loss.
+
+    (A query without a gradient ends in a loss; what runs after it is the next task's.)
+    """
+    since = forwards.losses[-1].order if forwards.losses else -1
     for call in forwards.normalizations:
+        if call.order < since:
+            continue
         if module is not None and call.module is not None and call.module() is module:
             return False
         if module is None and call.weight is not None and call.weight() is weight:
