@@ -30,7 +30,9 @@ _ROWS_AT_ONCE = 128
 # Closing blocks by the clock may take so much of the time, or it is done less often, within limits.
 _SECONDS_PER_BLOCK, _SECONDS_AT_MOST = 1.0, 5.0
 _SHARE_OF_TIME = 0.003
-_ROWS_HELD = 128
+# Rows held of what may turn out to be a task: of a model that is stepped itself, as in ordinary
+# training (or in training before the tasks); and of copies, and of what no model owns.
+_ROWS_HELD, _OTHER_ROWS_HELD = 32, 128
 
 
 class Sink(Protocol):
@@ -107,9 +109,11 @@ class PendingRows:
 
     def hold(self, task: Task, row: Row) -> None:
         """Keep a provisional task's row, but never many: ordinary training goes on for ever."""
-        row.previous = None if len(task.held) >= _ROWS_HELD else row.previous
+        itself = task.base is None and task.known.model is not None
+        most = _ROWS_HELD if itself else _OTHER_ROWS_HELD
+        row.previous = None if len(task.held) >= most else row.previous
         task.held.append(row)
-        if len(task.held) > _ROWS_HELD or self._room_of(row) * len(task.held) > BYTES_PER_BLOCK:
+        if len(task.held) > most or self._room_of(row) * len(task.held) > BYTES_PER_BLOCK:
             del task.held[0]
             task.held[0].previous = None
 

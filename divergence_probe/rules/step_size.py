@@ -23,6 +23,8 @@ from divergence_probe.thresholds import Thresholds
 _SPACING = {"float32": 2.0**-24, "float64": 2.0**-53}
 #: Inner optimizers whose update is rate x gradient.
 _PLAIN = ("SGD", "MAML", "DifferentiableSGD", "MetaSGD")
+# Of a rate, read off norms: what rounding leaves of it.
+_SAME_RATE = 0.999
 _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 
@@ -32,7 +34,7 @@ class IneffectiveStep(Rule):
     ## What it does
     Reports a task in which every layer moved by less than a hundred-thousandth of its norm in
     every step while the gradient was not small: following it would have lowered the loss. Not where
-    the same line moves the weights of other tasks: one that has nothing to gain moves by nothing.
+    the same rate moves the weights of other tasks: one that has nothing to gain moves by nothing.
     An update below half the spacing of the numbers is rounded away: then not one weight moves.
 
     ## Why it is bad
@@ -60,7 +62,8 @@ class IneffectiveStep(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._usual = UsualLoss()
-        self._moving: set[tuple[int, float]] = set()  # lines (of a rank) that moved weights
+        # by rank and line: the lowest rate (update over gradient) that has moved weights there
+        self._rates: dict[tuple[int, float], float] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at its first step."""
@@ -76,7 +79,7 @@ class IneffectiveStep(Rule):
         largest = relative.max(axis=1, initial=-1)
         tiny = (largest > 0) & (largest < self.thresholds["ineffective-update"])
         hit = frame.support & (tiny | (_rounded(frame, moved) & (largest == 0)))
-        hit &= ~self._moves(frame, frame.support & (largest > 0) & ~tiny)
+        hit &= ~self._moves_others(frame, frame.support & (largest > 0) & ~tiny)
         if not hit.any():
             return
         with np.errstate(all="ignore"):
@@ -102,12 +105,16 @@ class IneffectiveStep(Rule):
                 fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
             )
 
-    def _moves(self, frame: Frame, moved: Flags) -> Flags:
-        """``[S]`` rows of lines that have ``moved`` weights of some task: their rate is right."""
-        sites = frame.block.scalars["site"]
-        self._moving |= {(frame.block.rank, site) for site in np.unique(sites[moved]).tolist()}
-        known_ones = [site for rank, site in self._moving if rank == frame.block.rank]
-        return np.asarray(np.isin(sites, known_ones))
+    def _moves_others(self, frame: Frame, moved: Flags) -> Flags:
+        """``[S]`` steps at a rate that has ``moved`` the weights of some task at their line."""
+        sites, rank = frame.block.scalars["site"], frame.block.rank
+        with np.errstate(all="ignore"):
+            rates = whole(frame, "update_norm") / whole(frame, "gradient_norm")
+        for site in np.unique(sites[moved]).tolist():
+            lowest = float(np.fmin.reduce(rates[moved & (sites == site)]))
+            self._rates[rank, site] = min(lowest, self._rates.get((rank, site), math.inf))
+        needed = np.array([self._rates.get((rank, site), math.inf) for site in sites.tolist()])
+        return np.asarray(rates >= _SAME_RATE * needed)
 
     def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
         """Not one weight moved: which is the closest to it, and what would move it."""
