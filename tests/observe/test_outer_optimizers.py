@@ -164,3 +164,24 @@ def test_an_optimizer_that_idles_is_named_only_where_it_never_had_a_gradient():
             drawing.step()
     events = [e for e in probe.recording.events() if e.kind == "optimizer-without-gradient"]
     assert [event.data["steps"] for event in events] == [6]
+
+
+def test_a_gradient_that_clipping_made_zero_is_not_said_to_be_cut_off() -> None:
+    """A finite gradient whose norm overflows is multiplied by nothing."""
+    start = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([start], lr=1e-3)
+
+    with divergence_probe.attach() as probe:
+        for step in range(4):
+            optimizer.zero_grad()
+            z = start
+            for _ in range(3):
+                (slope,) = torch.autograd.grad(z.square().sum(), z, create_graph=True)
+                z = z - 0.1 * slope
+            (z.square().sum() * (1e25 if step == 2 else 1.0)).backward()
+            torch.nn.utils.clip_grad_norm_([start], 1.0)
+            optimizer.step()
+
+    found = [f for f in probe.diagnosis.to_dict()["findings"] if f["rule"] == "MG001"]
+    assert [f["count"] for f in found] == [1]
+    assert "clipping made it zero" in found[0]["message"] and "detach" not in found[0]["fix"]
