@@ -33,10 +33,10 @@ class Watched:
 
 def watched(loss: Tensor) -> weakref.ref[Watched] | None:
     """A reference that is alive as long as the graph of a loss; None where it has none."""
-    node: Any = loss.grad_fn
-    if node is None:
+    notes: Any = getattr(loss.grad_fn, "metadata", None)  # a dictionary of each node
+    if notes is None:
         return None
-    mark = node.metadata["divergence_probe"] = Watched()
+    mark = notes["divergence_probe"] = Watched()
     return weakref.ref(mark)
 
 
