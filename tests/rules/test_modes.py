@@ -93,10 +93,19 @@ def test_dropout_in_an_evaluated_query():
 def test_dropout_in_a_query_that_is_trained_on():
     block = make(
         inner(dropout=1), query(dropout=1), outer(), dropouts=["drop"],
-        events=[Event("outer-step")],
+        events=[Event("outer-step", seconds=2.0)],
     )  # fmt: skip
 
     assert silent("MODE003", block)
+
+
+def test_dropout_in_a_query_after_the_last_that_was_trained_on():
+    block = make(
+        inner(dropout=1), query(dropout=1), outer(), inner(task=1), query(task=1, dropout=1),
+        dropouts=["drop"], events=[Event("outer-step", seconds=2.0)],
+    )  # fmt: skip
+
+    assert one("MODE003", block).task == 1
 
 
 def test_dropout_that_passes_everything_through():
