@@ -110,10 +110,10 @@ def _mlp(w: list[Tensor], x: Tensor) -> Tensor:
 
 #: name, loop, model, tasks a run, and the ratio we mean to stay below
 CASES = (
-    ("2x40 MLP, higher", with_higher, sinusoid, 240, 1.12),
-    ("2x40 MLP, by hand", by_hand, sinusoid, 240, 1.20),
-    ("2x40 MLP, torch.func", with_torch_func, sinusoid, 240, 1.20),
-    ("4-conv/8, higher, second order", with_higher, lambda: convolutional(8), 30, 1.04),
+    ("2x40 MLP, higher", with_higher, sinusoid, 120, 1.12),
+    ("2x40 MLP, by hand", by_hand, sinusoid, 120, 1.20),
+    ("2x40 MLP, torch.func", with_torch_func, sinusoid, 120, 1.20),
+    ("4-conv/8, higher, second order", with_higher, lambda: convolutional(8), 18, 1.04),
     ("4-conv/64, higher, second order", with_higher, lambda: convolutional(64), 6, 1.01),
 )
 
@@ -252,31 +252,29 @@ model and no fault from a step, writes nothing and judges nothing. See `benchmar
 
 ## Where the rest goes
 
-Timed part by part (medians of 960 tasks, bare and watched in turn), a 2x40 net by hand costs 1.2
-milliseconds more a task of 2.5: 0.5 for the five gradients, 0.16 for the six losses, 0.13 for
-following the last update into the query's forward, 0.2 for the query's backward and what it
-settles, 0.18 for the outer step; measuring, rules and writing, 0.18 in all, are counted where they
-happen to be done. With torch.func it is 0.95 for the gradients, their losses inside, and the same
-for the rest. That is about a thousand calls of Python functions a task, and the memory they touch:
-they run in between torch's, with cold caches, several times slower than in a tight loop. Calls that
-only pass through what is patched, with the probe switched off, cost 1.00 to 1.02. Compiled with
-mypyc, 23 modules of that path ran no faster: of the samples a profiler took, the interpreter's own
-fell by a quarter, and as many came up in calls of its C interface.
+Timed between the statements, in the loop itself, a 2x40 net by hand costs 2.3 milliseconds more a
+task of 6.5: 0.3 for copies of weights and gradients, 0.35 for their numbers, 0.2 for the function
+mode around the last update. The other 1.4 are what finds out about the loop, names, writes and
+judges: some hundred statements of 0.1 to 10 microseconds, no single one worth more than a
+hundredth of the run. They run in between torch's, with cold caches, several times slower than in a
+tight loop. Calls that only pass through what is patched, with the probe switched off, cost 1.00 to
+1.02. Compiled with mypyc, 23 modules of that path ran no faster: of the samples a profiler took,
+the interpreter's own fell by a quarter, and as many came up in calls of its C interface.
 
-With `higher` and by hand the aims are about what a recorder written for the loop costs by itself
-(1.11 to 1.14, and 1.17 to 1.25, in several series); with torch.func (1.11 to 1.17) they leave 0.1
-to 0.3 milliseconds a task for all that finds out about the loop, names, writes and judges. Their
-share also depends on what else the machine does: the same code gave 1.42 to 1.59 by hand, 1.27 to
-1.36 with `higher` and 1.33 to 1.46 with torch.func.
+With `higher` and by hand the aims leave 0.03 to 0.08 of the run to all that, beside a recorder
+written for the loop, and with torch.func 0.1; on other days that recorder alone was at the aim
+(1.11, 1.18). Shares also depend on what else the machine does: several series gave 1.33 to 1.40 by
+hand, 1.25 to 1.26 with `higher` and 1.28 to 1.30 with torch.func, and on another day, before some
+calls were saved, 1.42 to 1.59, 1.27 to 1.36 and 1.33 to 1.46.
 
 With 8 filters the probe's own work is 4.4 milliseconds of 105 a task: 1.7 for the statistics of
 four layers before and after 24 calls (11 microseconds a copy, which takes 1 in a tight loop), 0.6
 for copies of weights and gradients, 0.6 for their numbers, 0.6 for the outer step. Runs in a
-process of their own gave 1.032 and 1.039. With 64 filters it is 16 milliseconds of 760: numbers of
-112,000 weights 6, copies of them 3, statistics 2. The rest is not work: how many fresh pages the
-run takes from the system for its activations differs from run to run, bare or watched (17,000 to
-50,000 page faults a task). What is kept is copied to pages of the probe's own, so as not to add to
-them.
+process of their own gave 1.032 and 1.039. With 64 filters, on a machine that takes 950 milliseconds
+a task, it is 15: numbers of 112,000 weights 5, copies of them 3, statistics 3. The rest is not
+work: how many fresh pages the run takes from the system for its activations differs from run to
+run, bare or watched (17,000 to 50,000 page faults a task). What is kept is copied to pages of the
+probe's own, so as not to add to them.
 """
 
 
