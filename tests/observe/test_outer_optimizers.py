@@ -185,3 +185,26 @@ def test_a_gradient_that_clipping_made_zero_is_not_said_to_be_cut_off() -> None:
     found = [f for f in probe.diagnosis.to_dict()["findings"] if f["rule"] == "MG001"]
     assert [f["count"] for f in found] == [1]
     assert "clipping made it zero" in found[0]["message"] and "detach" not in found[0]["fix"]
+
+
+def test_a_query_through_steps_that_nobody_uses_is_no_unused_step() -> None:
+    """The start is fixed and belongs to no optimizer; what is learned gets no gradient."""
+    torch.manual_seed(0)
+    x, y, start = torch.randn(20, 3), torch.randn(20, 1), torch.randn(3, 1).requires_grad_()
+    penalty = nn.Parameter(torch.zeros(3, 1))
+    outer = torch.optim.Adam([penalty], lr=0.05)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(ROUNDS):
+            weight = start
+            for _ in range(STEPS):
+                loss = (x @ weight - y).square().mean() + (penalty.exp() * weight.square()).sum()
+                (slope,) = torch.autograd.grad(loss, weight)
+                weight = weight - 0.1 * slope
+            outer.zero_grad()
+            (x @ weight - y).square().mean().backward()
+            outer.step()
+
+    diagnosis = probe.diagnosis.to_dict()
+    assert diagnosis["root_cause"]["cause"] == "no-meta-gradient"
+    assert "LR004" not in {found["rule"] for found in diagnosis["findings"]}
