@@ -56,7 +56,7 @@ class CallSites:
             if not (entry[1] if entry is not None else self.foreign(code)):
                 # (By the instruction, for a line has to be looked up in the code's table.)
                 number = self._numbers.get((id(code), frame.f_lasti))
-                return number if number is not None else self._number(code, frame)
+                return number if number is not None else self._number(frame)
             frame = frame.f_back
         return -1
 
@@ -74,9 +74,9 @@ class CallSites:
             known = self._foreign[id(code)] = (code, self._is_foreign(code.co_filename))
         return known[1]
 
-    def _number(self, code: CodeType, frame: FrameType) -> int:
+    def _number(self, frame: FrameType) -> int:
         # A function defined anew in a loop has equal code, and is the same line.
-        line = frame.f_lineno
+        code, line = frame.f_code, frame.f_lineno
         number = self._equal.setdefault((code, line), len(self.table))
         if number == len(self.table):
             self.table.append(f"{code.co_filename}:{line}")

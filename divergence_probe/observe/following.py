@@ -376,7 +376,7 @@ class Follower(TorchFunctionMode):
                 pending.marks[index] = mark_of(parameter)
                 pending.uncounted |= _is_uncounted(target, parameter, operation)
         if index is None and taken.gradients and operation.overwrites:
-            pending.loaded[address_of(target)] = target.shape
+            pending.loaded[address_of(target)] = None
         elsewhere = index is None and taken.gradients and self._elsewhere is not None
         if elsewhere and self._elsewhere(pending, target):  # type: ignore[misc]
             self._lineage.drop(target)

@@ -156,10 +156,9 @@ class KnownLoops:
         forwards = self._session.loose.forwards
         if not forwards.only_a_loss:
             return number_of(loss), forwards.split_for(loss, self._foreign_to(inputs))
-        call = forwards.losses.pop() if forwards.losses else None
-        if call is not None and call.value is not None and call.tensor() is loss:
-            return call.value, NO_FORWARDS
-        return number_of(loss), NO_FORWARDS
+        value = self._value_of(loss)
+        forwards.losses.clear()
+        return number_of(loss) if value is None else value, NO_FORWARDS
 
 
 def _are_made(pending: Pending, loss: Tensor | None, inputs: Sequence[Tensor]) -> bool:

@@ -67,14 +67,14 @@ def _batch_norm(session: Session, original: Callable[..., Tensor]) -> Callable[.
             started = clock()
             before = None
             try:
-                before = _together(running_mean, running_var)
+                before = _statistics(running_mean, running_var)
             except Exception as error:
                 guard.fail(error)
             guard.spent += clock() - started
             result = original(*call)
             started = clock()
             try:
-                after = _together(running_mean, running_var) if training else None
+                after = _statistics(running_mean, running_var) if training else None
                 _note(session, _calling_module(), call, before, after, is_grad_enabled())
             except Exception as error:
                 guard.fail(error)
@@ -140,16 +140,9 @@ def _statistics(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
     """A copy of running statistics, one after the other ``[2C]``; None where there are none."""
     if mean is None or variance is None:
         return None
-    return _together(plain(mean), plain(variance))
-
-
-def _together(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
-    """The same of tensors of no transform."""
-    if mean is None or variance is None:
-        return None
     if mean.requires_grad or variance.requires_grad:
         mean, variance = mean.detach(), variance.detach()
-    return torch.cat((mean, variance))
+    return torch.cat((plain(mean), plain(variance)))
 
 
 def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:

@@ -183,10 +183,11 @@ class Optimizers:
         disturbed = self._loops.tasks.undone(parameters)
         target = self._targets.of(optimizer, parameters, pending)
         parameters = target.parameters
-        if pending is None and target.base is not None:
-            self._check_base_weights(parameters)
-        elif pending is None:
-            self._check_copies(parameters)
+        passed_by = self._passed_by(parameters) if pending is None else None
+        if passed_by is not None and target.base is not None:
+            self._check_base_weights(passed_by, parameters)
+        elif passed_by is not None:
+            self._check_copies(passed_by, parameters)
         if pending is not None:
             self._session.name_forwards(pending.forwards, target.known, None)
         before, gradients = pair(parameters, [p.grad for p in parameters], (True, True))
@@ -211,22 +212,21 @@ class Optimizers:
                 step.carried = facts.carried()
         return step
 
-    def _check_base_weights(self, parameters: list[Tensor]) -> None:
+    def _passed_by(self, parameters: list[Tensor]) -> Pending | None:
+        """The gradient that waits for its step, while others are stepped that have none."""
+        without = all(parameter.grad is None for parameter in parameters)
+        return self._loops.pending if without else None
+
+    def _check_base_weights(self, waiting: Pending, parameters: list[Tensor]) -> None:
         """Copies are stepped without a gradient, after a backward that went into the originals."""
-        waiting = self._loops.pending
-        if waiting is None or any(parameter.grad is not None for parameter in parameters):
-            return
         origins = [self._session.models.origin_of(parameter) for parameter in parameters]
         reached = identities(waiting.inputs)
         bases = [origin for origin in origins if origin is not None and id(origin) in reached]
         if bases:
             self._session.runs_base_weights(bases, waiting.site)
 
-    def _check_copies(self, parameters: list[Tensor]) -> None:
+    def _check_copies(self, waiting: Pending, parameters: list[Tensor]) -> None:
         """Originals are stepped without a gradient, after a backward into their copies."""
-        waiting = self._loops.pending
-        if waiting is None or any(parameter.grad is not None for parameter in parameters):
-            return
         inputs = [tensor for r in waiting.inputs if (tensor := r()) is not None]
         origins = self._session.models.origins_of(inputs) if inputs else None
         if origins is None or not set(map(id, origins)) <= set(map(id, parameters)):

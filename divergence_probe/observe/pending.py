@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from divergence_probe.observe.at_hand import Mark, is_number_at_hand, mark_of
@@ -122,8 +121,8 @@ class Pending:
         used: for each input, the candidate that was first used as a weight.
         met: whether something made of gradient and parameter was computed with otherwise.
         written: values after the last in-place update.
-        loaded: shapes, by address and in order, of what was overwritten with values made of its
-            gradients in memory of none of its inputs.
+        loaded: addresses, in order, of what was overwritten with values made of its gradients in
+            memory of none of its inputs.
         clipped: whether its gradients were clipped by hand, where that is to be read later.
         displaced: inputs that were put elsewhere before their update, or written to with a value
             that was made without them; whether that is known to be where their task began.
@@ -173,7 +172,7 @@ class Pending:
     writes: list[int] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
-    loaded: dict[int, torch.Size] = field(default_factory=dict)
+    loaded: dict[int, None] = field(default_factory=dict)
     displaced: dict[int, bool] = field(default_factory=dict)
     clipped: list[Tensor] = field(default_factory=list)
     moved_back: set[int] = field(default_factory=set)

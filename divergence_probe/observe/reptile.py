@@ -165,21 +165,16 @@ class Reptile:
         (Put back where its tasks began, it waits for the next one of them.)
         """
         for known, base in list(self._bases.items()):
-            if known.model is None or known.model() is not module:
-                continue
-            now = [known.parameters[position]() for position in base.positions]
-            values = snapshot(now, copy=True)
-            if are_whole(values) and _are_at_hand(values) and not _equal(base.start, values):
-                self.begins(known, base.positions, values)
+            if known.model is not None and known.model() is module:
+                values = _moved_to(known, base)
+                if values is not None:
+                    self.begins(known, base.positions, values)
 
     def close(self) -> None:
         """The run is over: the last step is seen by what the base is now."""
         for known, base in list(self._bases.items()):
-            now = [known.parameters[position]() for position in base.positions]
-            if not are_whole(now) or not _are_at_hand(now) or not base.add_latest():
-                continue
-            values = snapshot(now, copy=True)
-            if are_whole(values) and not _equal(base.start, values):
+            values = _moved_to(known, base)
+            if values is not None and base.add_latest():
                 self._step_if_led(known, base, values)
 
     def _step_if_led(self, known: KnownModel, base: _Base, values: Sequence[Tensor]) -> None:
@@ -218,6 +213,15 @@ class Reptile:
             flags=FLAGS["incomplete"],
             optimizer="",
         )
+
+
+def _moved_to(known: KnownModel, base: _Base) -> Sequence[Tensor] | None:
+    """Where a base is now; None where its tasks began there, or where that cannot be told."""
+    now = [known.parameters[position]() for position in base.positions]
+    if not are_whole(now) or not _are_at_hand(now):
+        return None
+    values = snapshot(now, copy=True)
+    return values if are_whole(values) and not _equal(base.start, values) else None
 
 
 def _are_at_hand(values: Sequence[Tensor]) -> bool:

@@ -205,13 +205,13 @@ class LossExplosion(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at the first step whose loss passed the bound."""
-        usual = self._usual.of(frame)
+        self._usual.note(frame)
         losses, bound = frame.block.scalars["loss"], self.thresholds["loss-growth"]
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.fmax(np.abs(frame.first_loss), LITTLE)
             over = frame.support & np.asarray(losses / scale >= bound)
             if over.any():  # beside its own first loss; then beside what is usual, too
-                over &= np.asarray(losses / np.fmax(scale, usual) >= bound)
+                over &= np.asarray(losses / np.fmax(scale, self._usual.of(frame)) >= bound)
                 over &= ~_climbs(frame)
         for row in frame.first_rows(over):
             first, here = float(frame.first_loss[row]), float(losses[row])

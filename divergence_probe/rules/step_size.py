@@ -67,7 +67,7 @@ class IneffectiveStep(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, at its first step."""
-        usual = self._usual.of(frame)
+        self._usual.note(frame)
         before, update = known(frame, "norm_before"), known(frame, "update_norm")
         gradient = known(frame, "gradient_norm")
         moved = np.isfinite(gradient) & (gradient > 0) & ~_half(frame)
@@ -86,7 +86,7 @@ class IneffectiveStep(Rule):
             # d loss / d ln |w|, as a part of the loss: what a change of the weights could do
             lever = np.nansum(np.where(moved, gradient * before, 0.0), axis=1)
             loss = np.fmax(np.abs(frame.block.scalars["loss"]), LITTLE)
-            lever = lever / np.fmax(loss, usual)
+            lever = lever / np.fmax(loss, self._usual.of(frame))
         hit &= lever > self.thresholds["effective-gradient"]
         for row in frame.first_rows(hit & ~frame.of_tasks(frame.support & ~hit)):
             if largest[row] == 0:

@@ -21,17 +21,18 @@ class UsualLoss:
     def __init__(self) -> None:
         self._firsts: dict[tuple[int, float], deque[float]] = {}
 
-    def of(self, frame: Frame) -> Array:
-        """``[S]`` the median of the latest tasks' first losses at each row's line, 0 unknown.
-
-        Those that begin in this frame are counted in; so ask once a frame.
-        """
+    def note(self, frame: Frame) -> None:
+        """Count in the tasks that begin in a frame."""
         rows = np.flatnonzero(frame.begins & np.isfinite(frame.first_loss))
-        lines = frame.block.scalars["site"]
+        lines = frame.block.scalars["site"][rows].tolist()
         firsts = np.abs(frame.first_loss[rows]).tolist()
-        for line, loss in zip(lines[rows].tolist(), firsts, strict=True):
+        for line, loss in zip(lines, firsts, strict=True):
             known = self._firsts.setdefault((frame.block.rank, line), deque(maxlen=_TASKS))
             known.append(loss)
+
+    def of(self, frame: Frame) -> Array:
+        """``[S]`` the median of the latest tasks' first losses at each row's line, 0 unknown."""
+        lines = frame.block.scalars["site"]
         result = np.zeros(len(frame.block))
         for line in np.unique(lines).tolist():
             latest = self._firsts.get((frame.block.rank, line))

@@ -147,7 +147,8 @@ class Investigator:
             ended: where the update is made by now, the number of the next node after it.
         """
         windows = self._case.windows
-        windows.open_next(window, task, step)
+        windows.go_on(window, task, step)
+        windows.open(window)
         if ended >= 0:
             windows.update_lengths[window.site] = ended - window.after
 

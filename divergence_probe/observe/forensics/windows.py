@@ -89,17 +89,6 @@ class Windows:
         if step and last is not None and last is not window and last.task is None:
             last.belongs, last.step = belongs, step - 1
 
-    def open_next(self, window: Window, task: Task, step: int) -> None:
-        """Both at once, for a call that is known to be a task's ``step``."""
-        last = self.all[-1] if self.all else None
-        window.belongs, window.step = weakref.ref(task), step
-        if last is not None:
-            if step and last.belongs is not window.belongs and last.task is None:
-                last.belongs, last.step = window.belongs, step - 1
-            if window.fast > last.after > 0:
-                self.update_lengths[last.site] = window.fast - last.after
-        self.all.append(window)
-
     @property
     def last(self) -> Window | None:
         """The latest one."""
