@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from divergence_probe.observe.at_hand import (
     mark_of,
     no_difference,
-    was_left_alone,
     worth_a_wait,
 )
 from divergence_probe.observe.capture import Forwards
@@ -22,7 +21,7 @@ from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.optimizer_facts import Step
 from divergence_probe.observe.pending import Pending
-from divergence_probe.observe.projections import are_only_bounded
+from divergence_probe.observe.projections import were_left_alone
 from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import are_equal, are_whole, gathered, is_empty, spread
@@ -204,14 +203,8 @@ class InPlaceTasks:
         if step.positions == task.positions and are_equal(step.before, task.last.after):
             return True
         left = gathered(task.last.after, step.positions)
-        if all(
-            value is None or was_left_alone(value, mark, was, task.marks.get(place))
-            for value, mark, was, place in zip(
-                step.before, step.marks, left, step.positions, strict=True
-            )
-        ):
-            return True
-        return are_whole(step.before) and are_only_bounded(step.before, left)
+        marks = [task.marks.get(place) for place in step.positions]
+        return are_whole(step.before) and were_left_alone(step.before, step.marks, left, marks)
 
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""

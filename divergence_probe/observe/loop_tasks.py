@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from divergence_probe.observe import outer_steps, restarts
-from divergence_probe.observe.at_hand import mark_of, was_left_alone
+from divergence_probe.observe.at_hand import Mark, mark_of
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import are_back, goes_up, is_undone
 from divergence_probe.observe.in_turn import InTurn
@@ -24,7 +24,7 @@ from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.pending import Pending
-from divergence_probe.observe.projections import are_only_bounded
+from divergence_probe.observe.projections import were_left_alone
 from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
 from divergence_probe.observe.session import Session
@@ -179,17 +179,15 @@ class LoopTasks:
             return False
         if not task.in_place or task.last is None:
             return not restarts.is_overwritten(task)
-        alone, now, was = True, [], []
+        found: list[tuple[Tensor, Mark, Tensor | None, Mark | None]] = []
         for i, tensor in enumerate(inputs):  # (maybe in another order than the task's own)
             place = fast.get(id(tensor))
             if tensor is None or place is None or place >= len(task.positions):
                 continue
             position = task.positions[place]
             left, mark = task.last.after[position], task.marks.get(position)
-            alone &= was_left_alone(pending.before[i], mark_of(tensor), left, mark)
-            now.append(pending.before[i])
-            was.append(left)
-        return alone or are_only_bounded(now, was)
+            found.append((pending.before[i], mark_of(tensor), left, mark))
+        return not found or were_left_alone(*zip(*found, strict=True))
 
     def _continues_batched(self, task: Task, pending: Pending) -> bool:
         """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""

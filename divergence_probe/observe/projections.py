@@ -12,10 +12,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand
+from divergence_probe.observe.at_hand import Mark, is_at_hand, was_left_alone
 
 # Of fewer weights any two values look like bounds.
 _FEWEST = 3
+
+
+def were_left_alone(
+    now: Sequence[Tensor],
+    marks: Sequence[Mark],
+    left: Sequence[Tensor | None],
+    left_marks: Sequence[Mark | None],
+) -> bool:
+    """Whether in-place parameters still are what their last update left, but for bounds.
+
+    Args:
+        now: their values before the next update.
+        marks: their marks at that time.
+        left: their values after the last update, None unknown.
+        left_marks: their marks at that time, None unknown.
+    """
+    alone = all(map(was_left_alone, now, marks, left, left_marks))
+    return alone or are_only_bounded(now, left)
 
 
 def are_only_bounded(now: Sequence[Tensor], left: Sequence[Tensor | None]) -> bool:
