@@ -1,6 +1,7 @@
 """The least that watchers of different kinds cost: recorders written for the benchmark's own loops.
 
-Nothing of divergence_probe runs in them. Each is a context manager that takes the model.
+Each is a context manager that takes the model. Nothing of divergence_probe runs in them, but in
+those :func:`in_full`: what these note is measured, written and judged by it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import higher
 import torch
@@ -21,6 +23,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
+
+import divergence_probe
+from divergence_probe.observe.capture import NO_FORWARDS, Forwards
+from divergence_probe.observe.observer import Observer
+from divergence_probe.observe.session import Session
+from divergence_probe.observe.snapshot import Snapshot
 
 _flatten = torch._C._nn.flatten_dense_tensors
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -173,12 +181,13 @@ class _Recorder:
         self._ends: list[Tensor] = []
         self._hearing: list[_Hearing] = []
         self._outer: list[Tensor] = []
+        self._notes: list[tuple[int, float]] = []
 
     def step(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
         """A gradient was taken, of ``loss`` (a number), with respect to ``inputs``."""
         with _BelowAutograd():
             self._copied.append(_flatten([*inputs, *gradients]))
-        self._numbers.notes.append((sys._getframe(2).f_lineno, loss))
+        self._notes.append((sys._getframe(2).f_lineno, loss))
 
     def batch_norm(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Copies running statistics before and after each call."""
@@ -209,11 +218,24 @@ class _Recorder:
             heard.__exit__(None, None, None)
             self.ended(heard.updated())
         backward(loss, **kwargs)
-        self._numbers.notes.append((sys._getframe(2).f_lineno, loss.item()))
-        starts, slopes = zip(*(both.chunk(2) for both in self._copied), strict=True)
-        for step in zip(starts, (*starts[1:], *self._ends), slopes, strict=True):
+        self._notes.append((sys._getframe(2).f_lineno, loss.item()))
+        self._task_is_over(self._copied, self._ends[0], self._notes)
+        self._copied, self._notes = [], []
+
+    def _task_is_over(
+        self, copied: list[Tensor], end: Tensor, notes: list[tuple[int, float]]
+    ) -> None:
+        """Take the numbers of a task.
+
+        Args:
+            copied: each step's weights and gradients, one after the other.
+            end: the weights after the last one.
+            notes: line and loss of each gradient, the query's last.
+        """
+        starts, slopes = zip(*(both.chunk(2) for both in copied), strict=True)
+        for step in zip(starts, (*starts[1:], end), slopes, strict=True):
             self._numbers.row(*step)
-        self._copied.clear()
+        self._numbers.notes += notes
 
     def _before(self, *_: Any) -> None:
         with _BelowAutograd():
@@ -223,8 +245,13 @@ class _Recorder:
 
     def _after(self, *_: Any) -> None:
         with _BelowAutograd():
-            start, slope = self._outer.pop().chunk(2)
-            self._numbers.row(start, _flatten(list(self._parameters)), slope)
+            end = _flatten(list(self._parameters))
+        self._stepped(self._outer.pop(), end)
+
+    def _stepped(self, copied: Tensor, end: Tensor) -> None:
+        """Take the numbers of an outer step, noted as a task's steps are."""
+        start, slope = copied.chunk(2)
+        self._numbers.row(start, end, slope)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -243,10 +270,90 @@ class _Recorder:
                 hook.remove()
 
 
+class _RecorderInFull(_Recorder):
+    """The same, but that it hands each task on to what measures, writes and judges it."""
+
+    def __init__(self, net: nn.Module, session: Session) -> None:
+        super().__init__(net)
+        self._session = session
+        self._known = session.models.register(net)
+        self._shapes = tuple(parameter.shape for parameter in self._parameters)
+        self._size = sum(parameter.numel() for parameter in self._parameters)
+        self._sites: dict[int, int] = {}
+
+    def _both(self, copied: Tensor) -> tuple[Snapshot, Snapshot]:
+        size = self._size
+        return Snapshot(copied, self._shapes, size), Snapshot(copied, self._shapes, size, size)
+
+    def _site(self, line: int) -> int:
+        table = self._session.sites.table
+        if line not in self._sites:
+            self._sites[line] = len(table)
+            table.append(f"{sys.argv[0]}:{line}")
+        return self._sites[line]
+
+    def _task_is_over(
+        self, copied: list[Tensor], end: Tensor, notes: list[tuple[int, float]]
+    ) -> None:
+        session, known = self._session, self._known
+        sites = [self._site(line) for line, _ in notes]
+        task = session.start_task(known, "benchmark", sites[0], base=known)
+        steps = [self._both(both) for both in copied]
+        ends = [*(start for start, _ in steps[1:]), Snapshot(end, self._shapes, self._size)]
+        for (start, slope), after, site, (_, loss) in zip(steps, ends, sites, notes, strict=False):
+            session.step(
+                task,
+                start,
+                after,
+                slope,
+                loss=loss,
+                learning_rate=None,
+                site=site,
+                forwards=NO_FORWARDS,
+            )
+        session.query(task, Forwards(), notes[-1][1], sites[-1])
+        session.finish_task(task)
+
+    def _stepped(self, copied: Tensor, end: Tensor) -> None:
+        start, slope = self._both(copied)
+        after = Snapshot(end, self._shapes, self._size)
+        self._session.outer_step(
+            self._known, start, after, slope, learning_rate=1e-4, site=-1, optimizer="Adam"
+        )
+
+
+Tailored = Callable[[_Recorder], AbstractContextManager[None]]
+Watch = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def alone(tailored: Tailored) -> Watch:
+    """A recorder written for a loop, and nothing else."""
+    return lambda net: tailored(_Recorder(net))
+
+
+def in_full(tailored: Tailored) -> Watch:
+    """A recorder written for a loop, whose recording is the probe's own; its instruments are out.
+
+    (Running statistics are not handed on.)
+    """
+
+    @contextmanager
+    def watch(net: nn.Module) -> Iterator[object]:
+        without = mock.patch.object(Observer, "install", return_value=None)
+        with (
+            without,
+            divergence_probe.attach(net) as probe,
+            tailored(_RecorderInFull(net, probe.session)),
+        ):
+            yield probe
+
+    return watch
+
+
 @contextmanager
-def tailored_by_hand(net: nn.Module) -> Iterator[None]:
-    """A recorder written for the loop by hand: :class:`_Recorder`."""
-    recorder, original = _Recorder(net), torch.autograd.grad
+def tailored_by_hand(recorder: _Recorder) -> Iterator[None]:
+    """Lets a recorder see the loop by hand."""
+    original = torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
         gradients = original(outputs, inputs, **kwargs)
@@ -263,9 +370,9 @@ def tailored_by_hand(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tailored_to_higher(net: nn.Module) -> Iterator[None]:
-    """A recorder written for the loop with higher: :class:`_Recorder`."""
-    recorder, optimizer = _Recorder(net), higher.optim.DifferentiableOptimizer
+def tailored_to_higher(recorder: _Recorder) -> Iterator[None]:
+    """Lets a recorder see the loop with higher."""
+    optimizer = higher.optim.DifferentiableOptimizer
     original, steps = optimizer.step, itertools.count(1)
 
     def step(self: Any, loss: Tensor, **kwargs: Any) -> Any:
@@ -292,9 +399,9 @@ def tailored_to_higher(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tailored_to_torch_func(net: nn.Module) -> Iterator[None]:
-    """A recorder written for the loop with torch.func: :class:`_Recorder`."""
-    recorder, original = _Recorder(net), eager_transforms.grad_and_value_impl
+def tailored_to_torch_func(recorder: _Recorder) -> Iterator[None]:
+    """Lets a recorder see the loop with torch.func."""
+    original = eager_transforms.grad_and_value_impl
 
     def grad_and_value_impl(func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
         result = original(func, argnums, has_aux, args, kwargs)
