@@ -159,11 +159,20 @@ def _load(session: Session, states: _States, original: Callable[..., Any]) -> Ca
                     session.restored(adapting, session.sites.here())
                 state = args[0] if args else kwargs.get("state_dict")
                 _note_loaded(session, self, states.origin_of(self, state))
+                if isinstance(state, Mapping):
+                    _note_statistics(session, self, state)
                 for loaded in session.loaded:
                     loaded(self)
         return result
 
     return load_state_dict
+
+
+def _note_statistics(session: Session, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Running statistics that ``module`` has loaded are not what an earlier task left."""
+    for name, buffer in module.named_buffers():
+        if name in state and name.endswith("running_mean"):
+            session.reloaded[id(buffer)] = weakref.ref(buffer)
 
 
 def _note_loaded(session: Session, module: nn.Module, origin: nn.Module | None) -> None:

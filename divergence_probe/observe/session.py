@@ -91,6 +91,8 @@ class Session:
         self._indices = itertools.count()
         self._cut_short = 0
         self._copied: tuple[Task | None, set[int]] = (None, set())
+        #: Running means that were loaded with a state, by identity, until a task runs with them.
+        self.reloaded: dict[int, weakref.ref[Tensor]] = {}
         self._taking_turns: set[KnownModel] = set()
 
     # -- what happened ------------------------------------------------------------------------
@@ -429,8 +431,8 @@ class Session:
     def _note_whose(self, forwards: Forwards, task: Task, base: KnownModel) -> None:
         """Whether the statistics of a copy are the base's, or all tasks' at least.
 
-        One copy that every task loads its weights into passes its statistics on; where copies take
-        turns (each client has one), they are each one's own.
+        One copy that every task loads its weights into passes its statistics on, unless it loads
+        those as well; where copies take turns (each client has one), they are each one's own.
         """
         buffers = {call.buffers for call in forwards.normalizations}
         last, theirs = self._copied
@@ -438,8 +440,12 @@ class Session:
             if last is not None and theirs and theirs.isdisjoint(buffers):
                 self._taking_turns.add(base)
             self._copied = task, buffers
-        if base in self._taking_turns:
-            for call in forwards.normalizations:
+        for call in forwards.normalizations:
+            mean = call.statistics() if call.statistics is not None else None
+            loaded = self.reloaded.pop(call.buffers, None)
+            if mean is not None and loaded is not None and loaded() is mean:
+                task.own_statistics.add(call.buffers)
+            if base in self._taking_turns or call.buffers in task.own_statistics:
                 call.shared &= call.buffers in base.buffer_ids
 
     def flush(self) -> None:

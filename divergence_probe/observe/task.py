@@ -54,6 +54,7 @@ class Task:
         first: the row of its first step.
         came_to: values its weights ended with, once it is over.
         graph: of its query, where a backward was told to leave it whole.
+        own_statistics: running means, by identity, that were loaded for it.
         recomputed: normalisation layers seen running again inside a gradient call.
         data: facts for its events.
     """
@@ -87,6 +88,7 @@ class Task:
     first: Row | None = None
     came_to: Values | None = None
     graph: weakref.ref[Watched] | None = None
+    own_statistics: set[int] = field(default_factory=set)
     recomputed: set[str | None] = field(default_factory=set)
     data: dict[str, Any] = field(default_factory=dict)
     ended: bool = False

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, Array, Event, Flags
+from divergence_probe.record.schema import MISSING, NAMELESS, Array, Event, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
+from divergence_probe.rules.outer_times import OuterTimes
 from divergence_probe.thresholds import Thresholds
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The task that moved a layer's statistics last.
+
+    Attributes:
+        task: which.
+        start: the running mean's norm when it began.
+        seconds: when it moved them first.
+        finding: what there is to say of it.
+    """
+
+    task: int
+    start: float
+    seconds: float
+    finding: Finding
 
 
 class RunningStatisticsLeak(Rule):
@@ -19,7 +37,8 @@ class RunningStatisticsLeak(Rule):
     ## What it does
     Follows each layer's running statistics from task to task: where a task's support forwards moved
     buffers that are the base model's own, and the next task starts from the moved ones although the
-    weights start over, statistics leak.
+    weights start over, statistics leak. Where only what the model is given is adapted (attacked,
+    say), and outer steps come in between, its statistics are in training: then it is a remark.
 
     ## Why it is bad
     Tasks are no longer independent, and test data ends up in the model that is tested.
@@ -46,17 +65,18 @@ class RunningStatisticsLeak(Rule):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        # the task that moved a layer's statistics last, what they were when it began, and how
-        self._moved: dict[tuple[object, str], tuple[int, float, Finding]] = {}
+        self._moved: dict[tuple[object, str], _Moved] = {}
         # the task that began last, and each layer's running mean before its first forward
         self._starts: dict[object, tuple[int, Array]] = {}
         self._weights: dict[object, tuple[int, Array]] = {}
         self._carried: dict[tuple[object, int], bool] = {}
+        self._stepped = OuterTimes()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task that starts from statistics another task moved."""
         norm = frame.block.batch_norm
         shared = (norm["bn_shared"] == 1) & (norm["bn_training"] >= 1)
+        self._stepped.note(frame)
         if shared.size:
             self._note_weights(frame)
         if shared.any():
@@ -115,18 +135,27 @@ class RunningStatisticsLeak(Rule):
             return
         end = float(frame.block.batch_norm["bn_running_mean_after"][row, column])
         previous = self._moved.get((layout, layer))
-        if previous is not None and previous[0] != task:
-            if previous[1] != start and not self._carried.get((layout, task), False):
-                yield self._said_of(frame, task, previous[2])
+        if previous is not None and previous.task != task:
+            if previous.start != start and not self._carried.get((layout, task), False):
+                yield self._said_of(frame, row, task, previous)
             previous = None
         if previous is None and start != end:
-            self._moved[layout, layer] = (task, start, self._describe(frame, row, column))
+            seconds = float(frame.block.scalars["seconds"][row])
+            found = self._describe(frame, row, column)
+            self._moved[layout, layer] = _Moved(task, start, seconds, found)
 
-    def _said_of(self, frame: Frame, task: int, finding: Finding) -> Finding:
-        """A remark where the weights do not start over either, but are moved on (Reptile)."""
+    def _said_of(self, frame: Frame, row: int, task: int, previous: _Moved) -> Finding:
+        """A remark where the weights do not start over either, but are moved on (Reptile).
+
+        Likewise where the model is in training itself, and only what it is given is adapted.
+        """
         facts = frame.tasks.get(task)
-        moved_on = facts is not None and facts.data.get("moved_on")
-        return replace(finding, severity=Severity.INFO) if moved_on else finding
+        meant = facts is not None and bool(facts.data.get("moved_on"))
+        names = [info.name for info in frame.block.layout.parameters]
+        if all(name.startswith(NAMELESS) for name in names):
+            now = frame.block.scalars["seconds"][row : row + 1]
+            meant |= bool(self._stepped.between(frame, np.array([previous.seconds]), now)[0])
+        return replace(previous.finding, severity=Severity.INFO) if meant else previous.finding
 
     def _describe(self, frame: Frame, row: int, column: int) -> Finding:
         drift = float(frame.block.batch_norm["bn_drift"][row, column])

@@ -67,6 +67,17 @@ def test_statistics_that_go_on_with_the_weights():
     assert silent("BN003", make(*rows, batch_norms=NORMS))
 
 
+def test_inputs_that_are_attacked_while_the_model_is_in_training():
+    rows = (moving(0, 0.0, 1.0), moving(1, 1.0, 2.0))
+    inputs = ("param[0] 8x3x4x4",)
+    step = Event("outer-step", -1, -1, 0.5, HERE, {"without_gradient": []})
+
+    trained = one("BN003", make(*rows, batch_norms=NORMS, parameters=inputs, events=[step]))
+    assert trained.severity is Severity.INFO
+    tested = one("BN003", make(*rows, batch_norms=NORMS, parameters=inputs))
+    assert tested.severity is Severity.WARNING
+
+
 def test_statistics_of_a_copy_or_in_eval_mode():
     columns = {"bn_running_mean_before": 0.0, "bn_running_mean_after": 1.0}
     copies = [inner(task, **train(bn_shared=0, **columns)) for task in (0, 1)]

@@ -135,6 +135,13 @@ def test_another_model_of_the_same_structure_begins_where_it_likes():
     assert one("BASE001", make(task(0, 10, 12), events=[start(0, instance=1)]), same)
 
 
+def test_a_norm_that_is_where_the_inner_loop_ended_by_accident():
+    """Before its outer step the base is moved otherwise: adversarially, say."""
+    moved = outer(norm_before=[11, 3, 5], norm_after=13)
+
+    assert silent("BASE001", make(task(0, [10, 1, 5], [12, 3, 5]), moved))
+
+
 def test_an_outer_step_that_starts_where_the_inner_loop_ended():
     finding = one("BASE001", make(task(0, 10, 12), outer(norm_before=12, norm_after=13)))
 
