@@ -180,6 +180,7 @@ class InPlaceTasks:
             copied=base is not None,
         )
         task.positions, task.in_place = step.positions, True
+        task.optimizer = weakref.ref(step.optimizer)
         self.of[step.optimizer] = task
         self._in_turn.adapted |= base is None
         self._loaded.discard(step.optimizer)

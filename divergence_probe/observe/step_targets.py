@@ -144,9 +144,9 @@ class Targets:
 
     def adapted_by_others(self, optimizer: Any, parameters: list[Tensor]) -> Task | None:
         """The latest task in which another optimizer adapted these very weights, in this order."""
-        own = self._tasks.of.get(optimizer)
         for task in reversed(self._tasks.latest):
-            if task.base is None and task is not own and task.adapts(parameters):
+            own = task.optimizer is not None and task.optimizer() is optimizer
+            if task.base is None and not own and task.adapts(parameters):
                 return task
         return None
 

@@ -229,6 +229,26 @@ def test_sharpness_aware_inner_steps(exactly):
     assert "BASE001" not in found
 
 
+def test_sharpness_aware_adaptation_of_weights_that_are_restored():
+    """One optimizer is no outer one beside itself, although its gradient is taken elsewhere."""
+
+    def run(net):
+        start = copy.deepcopy(net.state_dict())
+        inner = SharpnessAware(net.parameters(), exactly=True)
+        for _ in range(ROUNDS):
+            net.load_state_dict(start)
+            for _ in range(STEPS):
+                backward(net)
+                inner.disturb()
+                backward(net)
+                inner.step()
+
+    summary, _ = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == 0
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["in place", "on copies"])
 def test_an_adversarys_steps_up_are_steps(own):
     def run(net):
