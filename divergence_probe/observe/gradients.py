@@ -252,10 +252,11 @@ class _Autograd(GradientCalls):
 
             with self._guard.work():
                 site, loss = self._session.sites.here(), first_tensor(tensors)
-                stepped = self._loops.learned_at(site).optimizer
+                reached = there = self._loops.keeping_gradients(loss)
+                stepped = self._loops.learned_at(site).optimizer if not reached else None
                 if stepped is not None:  # an optimizer's hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]
-                if stepped is None or (not there and self._loops.is_open):
+                if not there and (stepped is None or self._loops.is_open):
                     # (That optimizer is gone; the next one may learn from what tasks came to.)
                     there = reached = self._reached(tensors, kwargs.get("inputs"))
                 carried = [(t, t.grad.detach().clone()) for t in there if t.grad is not None]

@@ -81,6 +81,27 @@ class Loops:
         if self._thread.follower is not None:
             self._thread.follower.stop()
 
+    def keeping_gradients(self, loss: Tensor | None) -> list[Tensor]:
+        """What the last update made, where a backward of ``loss`` puts gradients into that.
+
+        (Tensors that are no leaves have a ``.grad`` where ``retain_grad()`` asked for it.)
+        """
+        pending = self._thread.pending
+        if loss is None or pending is None or pending.function != "backward":
+            return []
+        made = [
+            next(
+                (t for c in options[::-1] if (t := c.tensor()) is not None and t.retains_grad), None
+            )
+            for options, gradient in zip(pending.candidates, pending.gradients, strict=False)
+            if gradient is not None
+        ]
+        kept = [tensor for tensor in made if tensor is not None]
+        if not kept or len(kept) < len(made):
+            return []
+        nodes = {tensor.grad_fn for tensor in kept}
+        return kept if outer_steps.reaches(loss.grad_fn, nodes, set()) else []
+
     def opening(
         self,
         site: int,
@@ -388,7 +409,7 @@ class Loops:
         update = resolve(pending, following, self._session.models, elsewhere)
         if update is not None:
             self.tasks.step(pending, update)
-        elif pending.learned.functional and not pending.followed:
+        elif pending.inputs and pending.learned.functional and not pending.followed:
             # A step of a loop that ended earlier than the ones before: its result was not seen.
             pending.learned.steps = pending.learned.previous_steps = None
             nothing: list[Tensor | None] = [None] * len(pending.inputs)

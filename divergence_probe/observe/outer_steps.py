@@ -121,7 +121,7 @@ def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None
     if not alone and pending.function != "backward":
         return
     fast = identities(made)
-    pending.through_task = _reaches(
+    pending.through_task = reaches(
         loss.grad_fn,
         {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
         {id(tensor) for tensor in own if tensor.is_leaf and id(tensor) not in fast},
@@ -129,7 +129,7 @@ def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None
     pending.through = alone and pending.through_task
 
 
-def _reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:
+def reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:
     """Whether a graph leads from ``node`` to one of ``nodes``, or to a leaf."""
     seen, level = {node}, [node]
     while level and len(seen) < _MOST_NODES:

@@ -582,6 +582,38 @@ def test_updates_made_by_a_net_of_the_gradient() -> None:
     assert not {"LR003", "OPT001"} & codes(probe)
 
 
+def test_a_net_makes_updates_of_gradients_that_tensors_keep() -> None:
+    """A learned optimizer, truncated: ``backward`` and ``retain_grad`` instead of ``grad()``."""
+    torch.manual_seed(0)
+    cell, head = nn.LSTMCell(1, 8), nn.Linear(8, 1)
+    outer = torch.optim.Adam([*cell.parameters(), *head.parameters()], lr=1e-3)
+    steps, windows, episodes = 5, 2, 3
+
+    with divergence_probe.attach() as probe:
+        for _ in range(episodes):
+            goal, point, total = torch.randn(10), torch.zeros(10, requires_grad=True), None
+            state = (torch.zeros(10, 8), torch.zeros(10, 8))
+            for step in range(1, windows * steps + 1):
+                loss = (point - goal).square().sum()
+                total = loss if total is None else total + loss
+                loss.backward(retain_graph=True)
+                assert point.grad is not None
+                state = cell(point.grad.detach().clone()[:, None], state)
+                point = point + 0.1 * head(state[0]).squeeze(1)
+                point.retain_grad()
+                if step % steps == 0:
+                    outer.zero_grad()
+                    total.backward()
+                    outer.step()
+                    point = point.detach().requires_grad_()
+                    state, total = tuple(s.detach() for s in state), None
+
+    summary = probe.diagnosis.summary
+    assert probe.failure is None
+    assert (summary.tasks, summary.inner_steps) == (episodes * windows, episodes * windows * steps)
+    assert summary.outer_steps == episodes * windows
+
+
 def test_lookahead_resets_nothing_so_nothing_is_half_reset() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
