@@ -14,8 +14,10 @@ from divergence_probe.observe.snapshot import MOST_TOGETHER, elements_of
 from divergence_probe.observe.step_vectors import Vectors
 from divergence_probe.record.schema import MISSING, Array, Flags
 
-# What rounding leaves of an update across its gradient is below this part of it.
+# What rounding leaves of an update across its gradient is below this part of it, where it is not
+# small itself beside what single precision loses of the weights.
 _WORTH = 1e-2
+_LOST = 2.0**-24
 # The same of the other velocity's square, which double precision has to hold.
 _ROUNDING = 1e-10
 # Rows at once: what is stacked should stay in the caches.
@@ -39,6 +41,7 @@ def has_another_direction(parameters: dict[str, Array]) -> Flags:
         along = ug**2 / gg.sum(-1)
         # Half of what is looked at below: these numbers are of single precision.
         straight = uu - along < 0.5 * _WORTH**2 * uu
+        straight |= uu < (_LOST / _WORTH) ** 2 * (parameters["norm_before"] ** 2).sum(-1)
     known = ((updates != MISSING) & (gradients != MISSING)).all(-1)
     return np.asarray(~(straight & known))
 

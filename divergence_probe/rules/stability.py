@@ -56,7 +56,8 @@ class StepBeyondStability(Rule):
 
     Where losses do not go as the slopes at both ends of short steps foretell, every step sees
     another batch. Two slopes may then disagree because two samples do, so it takes three overshoots
-    in a row and a loss ten times the first.
+    in a row and a loss ten times the first. So it does where a net makes the updates: what one
+    came to says little of how long the next will be.
 
     Where the valley has a kink or the far side saturates, two gradients do not show it. There the
     loss itself bounds the curvature: it cannot fall below 0, so on a quadratic a step that
@@ -96,7 +97,8 @@ class StepBeyondStability(Rule):
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding a task, as soon as the course is clear."""
-        unbounded, fresh = self._unbounded_since(frame), self._fresh(frame)
+        unbounded = self._unbounded_since(frame)
+        fresh = self._fresh(frame) | frame.flagged("transformed")
         told = frame.of_tasks(self._may_overshoot(frame))
         self._pass_over(frame, frame.seen & frame.unfinished & ~told)
         gradients, descents = whole(frame, "gradient_norm"), descent(frame)
@@ -200,8 +202,8 @@ class StepBeyondStability(Rule):
 
         Where the loss's value is what tells, loss and gradient must have doubled: a bounded loss
         (of frequencies, say) is thrown about by steps that are long, and nothing grows. Where every
-        step sees another batch (``fresh``), two slopes that disagree may be those of two samples:
-        then it takes three in a row, and a decade.
+        step sees another batch (``fresh``), two slopes that disagree may be those of two samples
+        (or of two updates that a net made): then it takes three in a row, and a decade.
         """
         if not course.overshoots or not math.isfinite(first):
             return False
@@ -227,6 +229,8 @@ class StepBeyondStability(Rule):
         ahead = math.ceil((_OVERFLOW - math.log(max(norm, 1e-30))) / math.log(max(factor, 1.01)))
         step = int(frame.step[row])
         advice = f"lr = {stable:.2g}  # or less: the largest stable step here" if stable > 0 else ""
+        if frame.flagged("transformed")[row]:
+            advice = ""  # no rate of the user's makes that step
         updates = known(frame, "update_norm")[row]
         layer = frame.layer(int(np.nanargmax(updates))) if np.isfinite(updates).any() else None
         return self.at(

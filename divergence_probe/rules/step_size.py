@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +26,8 @@ _SPACING = {"float32": 2.0**-24, "float64": 2.0**-53}
 _PLAIN = ("SGD", "MAML", "DifferentiableSGD", "MetaSGD")
 # Of a rate, read off norms: what rounding leaves of it.
 _SAME_RATE = 0.999
+# Tasks that show by themselves that nothing moves.
+_TELLING = 8
 _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
 
 
@@ -36,6 +39,7 @@ class IneffectiveStep(Rule):
     every step while the gradient was not small: following it would have lowered the loss. Not where
     the same rate moves the weights of other tasks: one that has nothing to gain moves by nothing.
     An update below half the spacing of the numbers is rounded away: then not one weight moves.
+    A rate of exactly 0 may be a warm-up's: that is said at the end, of a line that never moved one.
 
     ## Why it is bad
     The query is answered by the base model; there is no inner loop in effect.
@@ -64,9 +68,13 @@ class IneffectiveStep(Rule):
         self._usual = UsualLoss()
         # by rank and line: the lowest rate (update over gradient) that has moved weights there
         self._rates: dict[tuple[int, float], float] = {}
+        # likewise: what is to be said of the first tasks, unless a later one moves
+        self._waiting: dict[tuple[int, float], list[Finding]] = {}
+        # likewise: the first of the tasks with a rate of 0, and how many; None once one moved
+        self._zero: dict[tuple[int, float], tuple[Finding, int] | None] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
-        """One finding a task, at its first step."""
+        """One finding a task, at its first step, once several tasks show that none moves."""
         self._usual.note(frame)
         before, update = known(frame, "norm_before"), known(frame, "update_norm")
         gradient = known(frame, "gradient_norm")
@@ -78,8 +86,10 @@ class IneffectiveStep(Rule):
             relative = np.where(moved & np.isfinite(relative), relative, -1.0)
         largest = relative.max(axis=1, initial=-1)
         tiny = (largest > 0) & (largest < self.thresholds["ineffective-update"])
+        self._note_zero(frame, moved, largest)
         hit = frame.support & (tiny | (_rounded(frame, moved) & (largest == 0)))
         hit &= ~self._moves_others(frame, frame.support & (largest > 0) & ~tiny)
+        self._waiting = {k: v for k, v in self._waiting.items() if k not in self._rates}
         if not hit.any():
             return
         with np.errstate(all="ignore"):
@@ -89,32 +99,78 @@ class IneffectiveStep(Rule):
             lever = lever / np.fmax(loss, self._usual.of(frame))
         hit &= lever > self.thresholds["effective-gradient"]
         for row in frame.first_rows(hit & ~frame.of_tasks(frame.support & ~hit)):
-            if largest[row] == 0:
-                yield self._rounded_away(frame, row, float(lever[row]))
-                continue
-            yield self.at(
-                frame,
-                row,
-                f"no layer moves by more than {largest[row]:.1e} of its norm a step, though the "
-                "gradient is not small",
-                f"largest relative update {largest[row]:.1e}",
-                evidence={
-                    "largest_relative_update": float(largest[row]),
-                    "lever": float(lever[row]),
-                },
-                fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
-            )
+            key = (frame.block.rank, float(frame.block.scalars["site"][row]))
+            held = self._waiting.setdefault(key, [])
+            held.append(self._describe(frame, row, float(largest[row]), float(lever[row])))
+            if key in self._rates or len(held) >= _TELLING:
+                yield from held
+                held.clear()
+                self._rates.setdefault(key, math.inf)
+
+    def finish(self) -> Iterator[Finding]:
+        """There were no more tasks than these, and none of them moved."""
+        for held in self._waiting.values():
+            yield from held
+        for entry in self._zero.values():
+            if entry is not None and entry[1] >= _TELLING:
+                yield replace(entry[0], count=entry[1])
+
+    def _note_zero(self, frame: Frame, moved: Flags, largest: Array) -> None:
+        """Count tasks whose steps have a gradient and a rate of 0, as long as no weight moves."""
+        sites, rates = frame.block.scalars["site"], frame.block.scalars["learning_rate"]
+        zero = frame.support & (largest == 0) & moved.any(1)
+        zero &= frame.flagged("zero") | (rates == 0)
+        for site in np.unique(sites[frame.support & (largest > 0)]).tolist():
+            self._zero[frame.block.rank, site] = None
+        for row in frame.first_rows(zero):
+            key = (frame.block.rank, float(sites[row]))
+            entry = self._zero.get(key, (None, 0))
+            if entry is not None:
+                first = entry[0] or self._of_zero(frame, row)
+                self._zero[key] = (first, entry[1] + 1)
+
+    def _of_zero(self, frame: Frame, row: int) -> Finding:
+        return self.at(
+            frame,
+            row,
+            "no weight moves: the inner learning rate is 0 in every step",
+            "the update is 0",
+            evidence={"largest_relative_update": 0.0},
+            fix="Check where the inner learning rate comes from (1 // 10 is 0).",
+        )
+
+    def _describe(self, frame: Frame, row: int, largest: float, lever: float) -> Finding:
+        if largest == 0:
+            return self._rounded_away(frame, row, lever)
+        return self.at(
+            frame,
+            row,
+            f"no layer moves by more than {largest:.1e} of its norm a step, though the gradient is "
+            "not small",
+            f"largest relative update {largest:.1e}",
+            evidence={"largest_relative_update": largest, "lever": lever},
+            fix="Raise the inner learning rate, or check that the loss is not averaged twice.",
+        )
 
     def _moves_others(self, frame: Frame, moved: Flags) -> Flags:
-        """``[S]`` steps at a rate that has ``moved`` the weights of some task at their line."""
+        """``[S]`` steps at a rate that has ``moved`` the weights of some task at their line.
+
+        A rate by hand is read off an update, of which rounding may have taken a part.
+        """
         sites, rank = frame.block.scalars["site"], frame.block.rank
+        known_rates, gradient = frame.block.scalars["learning_rate"], whole(frame, "gradient_norm")
+        dtypes = [info.dtype for info in frame.block.layout.parameters]
+        lost = max(_SPACING.get(dtype, 0.0) for dtype in dtypes) * whole(frame, "norm_before")
         with np.errstate(all="ignore"):
-            rates = whole(frame, "update_norm") / whole(frame, "gradient_norm")
+            rates = whole(frame, "update_norm") / gradient
+            most = (whole(frame, "update_norm") + lost) / gradient
+        rates = np.where(known_rates > 0, known_rates, rates)
+        most = np.where(known_rates > 0, known_rates, most)
         for site in np.unique(sites[moved]).tolist():
             lowest = float(np.fmin.reduce(rates[moved & (sites == site)]))
             self._rates[rank, site] = min(lowest, self._rates.get((rank, site), math.inf))
         needed = np.array([self._rates.get((rank, site), math.inf) for site in sites.tolist()])
-        return np.asarray(rates >= _SAME_RATE * needed)
+        return np.asarray(most >= _SAME_RATE * needed)
 
     def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
         """Not one weight moved: which is the closest to it, and what would move it."""

@@ -51,6 +51,14 @@ def test_a_decade_at_once_is_clear_after_one_step():
     assert one("LR001", quadratic(6.0)).step == 1
 
 
+def test_what_a_net_makes_of_gradients_need_not_go_on_growing():
+    assert one("LR001", quadratic(2.5, steps=3))
+    assert silent("LR001", quadratic(2.5, steps=3, flags=float(FLAGS["transformed"])))
+
+    grown = one("LR001", quadratic(6.0, steps=6, flags=float(FLAGS["transformed"])))
+    assert grown.step == 3 and not grown.fix
+
+
 @pytest.mark.parametrize("product", [0.5, 1.0, 1.9, 2.0])
 def test_stable_steps(product):
     assert silent("LR001", quadratic(product, steps=8))
@@ -205,6 +213,28 @@ def test_steps_of_rate_zero_are_not_rounded_away():
     assert silent("LR002", make(*[row | {"learning_rate": 1e-11} for row in tiny([0, 0, 1e-2])]))
     frozen = [row | {"learning_rate": 1e-11, "gradient_norm": 0.0} for row in tiny(0.0)]
     assert silent("LR002", make(*frozen))
+
+
+def at_rate(rate, update, tasks, first=0):
+    rows = [inner(first + t, update_norm=update, learning_rate=rate) for t in range(tasks)]
+    return make(*rows)
+
+
+def test_a_rate_of_zero_in_every_task():
+    finding = one("LR002", at_rate(0.0, 0.0, 5), at_rate(0.0, 0.0, 5, first=5))
+
+    assert finding.severity is Severity.WARNING and finding.count == 10
+    assert "learning rate is 0" in finding.message
+    assert silent("LR002", at_rate(0.0, 0.0, 5))  # which may be a warm-up's beginning
+    assert silent("LR002", at_rate(0.0, 0.0, 10), at_rate(0.1, 0.1, 1, first=10))
+
+
+def test_a_task_that_moves_at_the_rate_of_those_before_it():
+    few, many = at_rate(0.1, 1e-5, 3), at_rate(0.1, 1e-5, 9)
+
+    assert one("LR002", few).count == 3
+    assert silent("LR002", few, at_rate(0.1, 1e-2, 1, first=3))
+    assert one("LR002", many, at_rate(0.1, 1e-2, 1, first=9)).count == 9  # said by then
 
 
 def climbing(rate, losses=(1.0, 1.5), declared=None):
