@@ -95,13 +95,25 @@ class InTurn:
         if pending is None:
             elsewhere = any(parameter.grad is not None for parameter in parameters)
         else:
-            elsewhere = pending.point is not None and pending.point.was_left(parameters)
+            elsewhere = _was_taken_elsewhere(pending, parameters)
         if not elsewhere or not _is_back(task, parameters):
             return False
         if not adapts:
             self.note_outer(optimizer, task.known)
         self.moved.add(task.known)
         return True
+
+
+def _was_taken_elsewhere(pending: Pending, parameters: Sequence[Tensor]) -> bool:
+    """Whether any of ``parameters`` has been written to since a gradient was taken."""
+    if pending.point is not None:
+        return pending.point.was_left(parameters)
+    # (the gradients of a ``grad()``, handed on: what it was taken of was kept)
+    own = {id(parameter) for parameter in parameters}
+    return any(
+        tensor is not None and id(tensor) in own and not are_same(tensor, value, worth_a_wait)
+        for tensor, value in zip([r() for r in pending.inputs], pending.before, strict=True)
+    )
 
 
 def _is_back(task: Task, parameters: Sequence[Tensor]) -> bool:

@@ -78,6 +78,29 @@ def test_first_order_maml_on_one_model(restore, fresh):
     assert not found & {"OPT001", "BASE001"}
 
 
+def test_gradients_handed_to_the_outer_optimizer_of_one_model():
+    """They are those of a ``grad()`` at the adapted weights, which are put back before the step."""
+
+    def run(net):
+        outer = with_optimizer(net)
+        for _ in range(ROUNDS):
+            start = copy.deepcopy(net.state_dict())
+            inner = torch.optim.SGD(net.parameters(), lr=0.05)
+            for _ in range(STEPS):
+                backward(net)
+                inner.step()
+            gradients = torch.autograd.grad(loss_of(net), list(net.parameters()))
+            net.load_state_dict(start)
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            outer.step()
+
+    summary, _ = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS
+
+
 def test_first_order_maml_by_hand_with_an_outer_optimizer():
     def run(net):
         outer = with_optimizer(net)
