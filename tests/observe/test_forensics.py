@@ -335,6 +335,37 @@ def test_healthy_look_alikes_are_silent(name: str) -> None:
     assert findings(HEALTHY[name]) == []
 
 
+def reweighted() -> None:
+    """Samples' weights are 0 / 0, outside the graph, in the model's own step; then all is NaN."""
+    model, rater = nn.Linear(8, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    outer = torch.optim.Adam(rater.parameters(), lr=1e-2)
+
+    def losses(x: Tensor, weights: list[Tensor]) -> Tensor:
+        return (F.linear(x, *weights).squeeze(1) - x.sum(1)).square()
+
+    for step in range(8):
+        x, weights = torch.randn(32, 8), list(model.parameters())
+        rated = rater(losses(x, weights).detach()[:, None]).sigmoid().squeeze(1)
+        grads = torch.autograd.grad((rated * losses(x, weights)).mean(), weights, create_graph=True)
+        fast = [w - 0.1 * g for w, g in zip(weights, grads, strict=True)]
+        outer.zero_grad()
+        losses(torch.randn(32, 8), fast).mean().backward()
+        outer.step()
+        shares = rated.detach() * (step != 3)
+        shares = shares / shares.sum()
+        optimizer.zero_grad()
+        (shares * losses(x, list(model.parameters()))).sum().backward()
+        optimizer.step()
+
+
+def test_what_bad_weights_spoil_is_not_where_it_began() -> None:
+    finding = the_one(reweighted)
+
+    assert finding.cause == "nonfinite-input" and finding.evidence["operation"] == "mul"
+    assert finding.marks[0].site == line_of(reweighted, "(shares * losses(")
+
+
 def test_the_end_of_an_explosion_has_no_first_bad_operation() -> None:
     losses: list[float] = []
 

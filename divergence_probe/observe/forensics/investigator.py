@@ -257,7 +257,8 @@ class Investigator:
             if self._reporter.known or self._adapted_badly(window):
                 return
             graph.since(unrolled)  # a query's own forward: the steps before it were looked at
-        if all(finite(tensor) for tensor in inputs):
+        spoiled = not all(finite(tensor) for tensor in inputs)
+        if not spoiled:
             seen = self._seen_live(graph)
             spot = forward.first_bad(graph) if seen is None else None
         else:
@@ -282,7 +283,7 @@ class Investigator:
         fault.output = self._value(loss) or 0.0
         fault.growth = growth(window.task, inputs)
         place = Place(window.site, FORWARD, window.before - number, fault.operation)
-        self._reporter.found(fault, window, place)
+        self._reporter.found(fault, window, place, spoiled)
 
     def _adapted_badly(self, window: Window) -> bool:
         """Whether the last inner step left weights that are not finite."""

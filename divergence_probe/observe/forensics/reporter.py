@@ -51,12 +51,23 @@ class Reporter:
         """Whether a fault was found already: what is bad from then on may be its doing."""
         return bool(self._keys)
 
-    def found(self, fault: Fault, window: Window, place: Place | None) -> None:
-        """Take a new fault; one like an earlier one is dropped, a suspicion gives way to proof."""
+    def found(
+        self, fault: Fault, window: Window, place: Place | None, spoiled: bool = False
+    ) -> None:
+        """Take a new fault; one like an earlier one is dropped, a suspicion gives way to proof.
+
+        Args:
+            fault: it.
+            window: of the gradient call it was found at.
+            place: where it is from there.
+            spoiled: whether the weights were bad already.
+        """
         key = (fault.phase, fault.what, fault.operation, fault.layer, fault.certain)
         if key in self._keys or len(self._keys) >= _MOST_FAULTS:
             return
-        if fault.what == "input" and self._came_of_an_earlier_one(window):
+        if fault.what == "input" and (
+            self._came_of_an_earlier_one(window) or (spoiled and self.known)
+        ):
             return
         self._keys.add(key)
         fault.place, fault.site = place, window.site
