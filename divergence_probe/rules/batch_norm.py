@@ -15,8 +15,9 @@ from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import farness
 from divergence_probe.thresholds import Thresholds
 
-RECALIBRATE_FIX = (
-    "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
+_TRAIN_FIX = "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
+_QUERY_FIX = "net.train()  # for the query, too: batch statistics, as in the inner loop\n"
+_RECALIBRATE_FIX = (
     "# or: nn.BatchNorm2d(channels, track_running_stats=False)\n"
     "# or: recalibrate the running statistics on the support set before adapting"
 )
@@ -57,10 +58,11 @@ class _EvalStatistics(Rule):
         distance = float(norm["bn_mean_distance"][row, worst])
         ratio = math.exp(float(norm["bn_log_variance_ratio"][row, worst]))
         seen = float(norm["bn_batches"][row, columns[0]])
+        of_batches = f" of {seen:.0f} batches" if seen >= 0 else ""  # (not every layer counts)
         how = (
             "running statistics that were never trained (mean 0, variance 1)"
             if untrained
-            else f"running statistics of {seen:.0f} batches, far from this one's"
+            else f"running statistics{of_batches}, far from this one's"
         )
         finding = self.at(
             frame,
@@ -72,7 +74,7 @@ class _EvalStatistics(Rule):
             layer=layers[0],
             layers=layers,
             evidence={"mean_distance": distance, "variance_ratio": ratio, "batches_seen": seen},
-            fix=RECALIBRATE_FIX,
+            fix=(_QUERY_FIX if frame.query[row] else _TRAIN_FIX) + _RECALIBRATE_FIX,
         )
         if self._switched is None:
             return finding

@@ -64,6 +64,9 @@ def test_evaluating_trained_statistics_far_away():
 
     assert place(finding) == ("stale-running-stats", Severity.WARNING, "norm1", 0, 0)
     assert finding.evidence["batches_seen"] == 1.0
+    assert "of 1 batches" in finding.message and "before the inner loop" in finding.fix
+    uncounted = one("BN002", make(inner(**columns | {"bn_batches": -1}), batch_norms=NORMS))
+    assert "statistics, far from" in uncounted.message
 
 
 def test_a_query_of_statistics_that_were_far_off_before_adapting():
@@ -71,6 +74,7 @@ def test_a_query_of_statistics_that_were_far_off_before_adapting():
     began, asked = inner(**train(**far)), query(**evaluated(**far))
     finding = one("BN002", make(began, asked, batch_norms=NORMS))
     assert (finding.layers, finding.phase) == (("norm1",), "query")
+    assert finding.fix.startswith("net.train()  # for the query")
     assert one("BN002", make(began, batch_norms=NORMS), make(asked, batch_norms=NORMS))
 
     # moved there by this task's own adaptation, or followed it
