@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from divergence_probe.observe.at_hand import mark_of
 from divergence_probe.observe.in_place_tasks import InPlaceTasks
 from divergence_probe.observe.loop_tasks import LoopTasks
 from divergence_probe.observe.models import KnownModel, base_among
@@ -66,7 +68,7 @@ class Targets:
         return Target(own, known, list(places.values()), None, outer=True)
 
     def moved(self, known: KnownModel) -> None:
-        """An outer step moved a base: what begins equal to it from now on is its copy."""
+        """A base was moved, or what may be one: what begins equal to it from now on is its copy."""
         self._moved.add(known)
 
     def is_around(self, optimizer: Any) -> bool:
@@ -112,18 +114,24 @@ class Targets:
         ):
             return Target(parameters, others.known, others.positions, None, outer=True)
         task = self._tasks.of.get(optimizer)
-        if task is not None and not task.ended and task.adapts(parameters):
-            # (clones that were named by value have other values by now)
-            return Target(parameters, task.known, task.positions, task.base, outer=False)
+        goes_on = task is not None and not task.ended and task.adapts(parameters)
+        equal = None
+        if task is not None and goes_on:
+            if task.base is None and _were_written(task, parameters):
+                equal = self._equal_to_base(parameters)
+            if equal is None:  # (clones that were named by value have other values by now)
+                return Target(parameters, task.known, task.positions, task.base, outer=False)
         copied, positions = self._copied_from(parameters, pending)
         if copied is not None:
             return Target(parameters, copied, positions, copied, outer=False)
-        equal = self._equal_to_base(parameters)
+        equal = equal or self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
         base = known if equal else None
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
+        if pending is None and base is None and any(p.grad is not None for p in parameters):
+            self.moved(known)  # by gradients that were handed to it: those of its copies, maybe
         return Target(parameters, known, positions, base, outer=base is None and moves_base)
 
     def _goes_through_tasks(
@@ -177,7 +185,8 @@ class Targets:
     def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """The base that parameters begin equal to, value by value: then they are its copies.
 
-        Asked only of what an outer step has moved: before one, either may be the other's copy.
+        Asked only of what an outer step has moved, or gradients that were handed to it: before
+        that, either may be the other's copy.
         """
         matched = self._session.models.match(parameters, self._moved)
         if matched is None:
@@ -190,4 +199,15 @@ class Targets:
         for parameter, origin in pairs:
             if origin is not None:
                 self._session.models.note_copy(parameter, origin)
+        for task in self._tasks.latest:
+            if task.base is None and task.adapts(parameters):
+                self._session.confirm(task)  # so were they in the tasks before
         return matched
+
+
+def _were_written(task: Task, parameters: Sequence[Tensor]) -> bool:
+    """Whether any parameter that a task adapts was written to since its last step."""
+    return any(
+        task.marks.get(place) != mark_of(parameter)
+        for parameter, place in zip(parameters, task.positions, strict=False)
+    )

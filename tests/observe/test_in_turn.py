@@ -101,6 +101,34 @@ def test_gradients_handed_to_the_outer_optimizer_of_one_model():
     assert summary.outer_steps == ROUNDS
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["one inner", "an inner for each task"])
+def test_a_worker_that_takes_over_the_values_of_the_base(fresh):
+    """It is no copy of it by any call: its values tell, once gradients were handed to the base."""
+
+    def run(net):
+        worker = copy.deepcopy(network())
+        for parameter in worker.parameters():
+            nn.init.normal_(parameter)
+        outer, inner = with_optimizer(net), torch.optim.SGD(worker.parameters(), lr=0.05)
+        for _ in range(ROUNDS):
+            with torch.no_grad():
+                for own, base in zip(worker.parameters(), net.parameters(), strict=True):
+                    own.copy_(base)
+            inner = torch.optim.SGD(worker.parameters(), lr=0.05) if fresh else inner
+            for _ in range(STEPS):
+                backward(worker)
+                inner.step()
+            gradients = torch.autograd.grad(loss_of(worker), list(worker.parameters()))
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            outer.step()
+
+    summary, _ = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS - 1  # (before the first one nothing tells the two apart)
+
+
 def test_first_order_maml_by_hand_with_an_outer_optimizer():
     def run(net):
         outer = with_optimizer(net)
