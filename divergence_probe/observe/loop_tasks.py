@@ -19,6 +19,7 @@ from divergence_probe.observe import outer_steps, restarts
 from divergence_probe.observe.at_hand import Mark, mark_of
 from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import are_back, goes_up, is_undone
+from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
@@ -115,6 +116,8 @@ class LoopTasks:
     ) -> None:
         """An inner step that made ``made``, of the values ``values``."""
         positions, width = task.positions, len(task.known.layout.parameters)
+        if task.known.model is None and (last := made[-1] if made else None) is not None:
+            task.made_by = made_by([last])
         before: Values = pending.before
         gradients = pending.gradients
         task.inputs = task.fast = references(made)

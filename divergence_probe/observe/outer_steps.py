@@ -100,7 +100,8 @@ class _Way:
 def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None:
     """Note whether the loss of a gradient was computed with a task's fast weights, by its graph.
 
-    It leads to them, or on to what the task began from (where they are gone already).
+    It leads to them, or on to what the task began from (where they are gone already), or through
+    what made them (where that is gone, too: a latent that a function has returned from).
 
     Args:
         pending: the gradient, whose loss is still alive.
@@ -125,15 +126,25 @@ def note_through(pending: Pending, task: Task, inputs: Sequence[Tensor]) -> None
         loss.grad_fn,
         {tensor.grad_fn for tensor in own if tensor.grad_fn is not None},
         {id(tensor) for tensor in own if tensor.is_leaf and id(tensor) not in fast},
+        task.made_by,
     )
     pending.through = alone and pending.through_task
 
 
-def reaches(node: Any, nodes: set[Any], leaves: set[int]) -> bool:
-    """Whether a graph leads from ``node`` to one of ``nodes``, or to a leaf."""
+def reaches(node: Any, nodes: set[Any], leaves: set[int], made_by: int = -1) -> bool:
+    """Whether a graph leads from ``node`` to one of ``nodes``, to a leaf, or to a number's node.
+
+    Args:
+        node: where it begins.
+        nodes: those looked for.
+        leaves: identities of the leaves looked for.
+        made_by: one past the number of a node that is looked for; -1 for none.
+    """
     seen, level = {node}, [node]
     while level and len(seen) < _MOST_NODES:
         if any(at in nodes or id(getattr(at, "variable", None)) in leaves for at in level):
+            return True
+        if made_by > 0 and any(at is not None and at._sequence_nr() + 1 == made_by for at in level):
             return True
         following = {n for at in level if at is not None for n, _ in at.next_functions}
         level = list(following - seen)

@@ -44,6 +44,8 @@ class Task:
             was settled, in the order of ``inputs``; None for those it left as they were.
         looked_at: whether a gradient that was no step's was taken since.
         overwritten: whether its fast weights were written anew in place: it is over.
+        made_by: one past the number of the autograd node that made the last of its weights; kept
+            only where no model owns them. -1 unknown, or none did.
         optimizer: what takes its steps in place; None by hand, or by a library.
         learned: what is known of the line its gradients are taken at.
         provisional: whether it may still turn out to be ordinary training; then rows are held.
@@ -80,6 +82,7 @@ class Task:
     counts: tuple[int, list[int | None]] = (0, [])
     looked_at: bool = False
     overwritten: bool = False
+    made_by: int = -1
     optimizer: weakref.ref[Any] | None = None
     learned: Learned | None = None
     provisional: bool = False

@@ -64,7 +64,30 @@ def learned_optimizer():
         outer.step()
 
 
-@pytest.mark.parametrize("loop", [learned_rates, context_parameters, learned_optimizer])
+def latents_in_a_function():
+    """Nothing of a task is alive when its gradient is taken, but the graph."""
+    encoder, decoder = nn.Linear(3, 4), nn.Linear(4, 3)
+    outer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+
+    def query_loss(x):
+        latent = encoder(x).mean(0)
+        for _ in range(STEPS):
+            loss = F.mse_loss(x @ decoder(latent), x[:, 0])
+            (gradient,) = torch.autograd.grad(loss, latent, create_graph=True)
+            latent = latent - 0.1 * gradient
+        return F.mse_loss(x @ decoder(latent), x[:, 0])
+
+    for _ in range(ROUNDS):
+        total = sum(query_loss(torch.randn(16, 3)) for _ in range(TASKS))
+        outer.zero_grad()
+        total.backward()
+        outer.step()
+
+
+LOOPS = [learned_rates, context_parameters, learned_optimizer, latents_in_a_function]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_what_a_gradient_through_tasks_moves_takes_outer_steps(loop):
     torch.manual_seed(0)
     with divergence_probe.attach() as probe:
