@@ -126,7 +126,7 @@ class Targets:
             return Target(parameters, copied, positions, copied, outer=False)
         equal = equal or self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
-        base = known if equal else None
+        base = known if equal else self._partly_copied_from(parameters)
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
@@ -181,6 +181,20 @@ class Targets:
         if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
             return None, []
         return places[0][0], [place[1] for place in places]
+
+    def _partly_copied_from(self, parameters: list[Tensor]) -> KnownModel | None:
+        """The model that most of these parameters were copied from; others are a task's own.
+
+        (A head that is made of its task's prototypes, say, and adapted together with a copy.)
+        """
+        models = self._session.models
+        origins = [origin for p in parameters if (origin := models.origin_of(p)) is not None]
+        if 2 * len(origins) <= len(parameters):
+            return None
+        found = models.find(origins[0])
+        known = found[0] if found is not None else models.discover(origins)
+        whole = known is not None and all(known.position(origin) is not None for origin in origins)
+        return known if whole else None
 
     def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """The base that parameters begin equal to, value by value: then they are its copies.

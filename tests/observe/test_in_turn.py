@@ -129,6 +129,31 @@ def test_a_worker_that_takes_over_the_values_of_the_base(fresh):
     assert summary.outer_steps == ROUNDS - 1  # (before the first one nothing tells the two apart)
 
 
+def test_copies_that_are_adapted_together_with_a_head_of_their_tasks_own():
+    """Made of each class's mean, it has no base; the rest is a copy of one all the same."""
+
+    def run(net):
+        outer = with_optimizer(net)
+        for _ in range(ROUNDS):
+            learner = copy.deepcopy(net)
+            head = torch.randn(3, 1, requires_grad=True)
+            inner = torch.optim.SGD([*learner.parameters(), head], lr=0.05)
+            for _ in range(STEPS):
+                inner.zero_grad()
+                (loss_of(learner) + head.square().sum()).backward()
+                inner.step()
+            gradients = torch.autograd.grad(loss_of(learner), list(learner.parameters()))
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            outer.step()
+
+    summary, found = diagnosed(network(), run)
+
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS
+    assert not found & {"OPT001", "BASE001"}
+
+
 def test_first_order_maml_by_hand_with_an_outer_optimizer():
     def run(net):
         outer = with_optimizer(net)
