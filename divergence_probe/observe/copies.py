@@ -8,7 +8,7 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _load(session: Session, states: _States, original: Callable[..., Any]) -> Ca
                 if adapting:
                     session.restored(adapting, session.sites.here())
                 state = args[0] if args else kwargs.get("state_dict")
-                _note_loaded(session, self, states.origin_of(self, state))
+                _note_loaded(session, self, states.origin_of(self, state), adapting)
                 if isinstance(state, Mapping):
                     _note_statistics(session, self, state)
                 for loaded in session.loaded:
@@ -175,10 +175,19 @@ def _note_statistics(session: Session, module: nn.Module, state: Mapping[str, An
             session.reloaded[id(buffer)] = weakref.ref(buffer)
 
 
-def _note_loaded(session: Session, module: nn.Module, origin: nn.Module | None) -> None:
+def _note_loaded(
+    session: Session, module: nn.Module, origin: nn.Module | None, adapted: Sequence[Task]
+) -> None:
     """``module`` has loaded the weights of ``origin``: it is as good as a deep copy.
 
-    Unless ``origin`` is a copy of it: then that was kept to go back to.
+    Unless ``origin`` is a copy of it: then that was kept to go back to. Or both are trained by the
+    same line: then one of a population has taken over what another had come to.
+
+    Args:
+        session: the run.
+        module: what has loaded.
+        origin: whose weights.
+        adapted: the tasks in which ``module`` was adapted in place until then.
     """
     if origin is None:
         return
@@ -187,6 +196,17 @@ def _note_loaded(session: Session, module: nn.Module, origin: nn.Module | None) 
     pairs = [(own, theirs[name]) for name, own in module.named_parameters()]
     if any(models.origin_of(other) is own for own, other in pairs):
         return
+    if _are_trained_alike(adapted, session.adapting(origin)):
+        return
     for own, other in pairs:
         models.note_copy(own, other)
     models.note_module_copy(module, origin)
+
+
+def _are_trained_alike(ones: Sequence[Task], others: Sequence[Task]) -> bool:
+    """Whether two models were each stepped again and again, by one line, and neither is a copy."""
+    lines = [
+        {task.site for task in tasks if task.base is None and task.steps > 1}
+        for tasks in (ones, others)
+    ]
+    return not lines[0].isdisjoint(lines[1])

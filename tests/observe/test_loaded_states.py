@@ -71,6 +71,32 @@ def test_gradients_are_pointed_at_the_base(state, kept):
     assert not found & {"OPT001", "BASE001"}
 
 
+def test_members_of_a_population_take_over_each_others_weights():
+    """Whose they are is trained by the same line, and is no base of theirs."""
+    torch.manual_seed(0)
+    members = [network() for _ in range(3)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01 * 2**i) for i, m in enumerate(members)]
+    x = torch.randn(16, 2)
+
+    def generation(net, optimizer):
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = F.mse_loss(net(x), x[:, :1] * x[:, 1:])
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    with divergence_probe.attach() as probe:
+        for _ in range(6):
+            scores = [generation(*pair) for pair in zip(members, optimizers, strict=True)]
+            best, worst = scores.index(min(scores)), scores.index(max(scores))
+            members[worst].load_state_dict(members[best].state_dict())
+            optimizers[worst] = torch.optim.Adam(members[worst].parameters(), lr=0.02)
+
+    assert probe.diagnosis.summary.outer_steps == 0
+    assert not {f.rule for f in probe.diagnosis.findings if f.severity.name != "INFO"}
+
+
 def test_clients_are_averaged():
     """Federated averaging: every client has a model of its own, and loads the server's."""
 
