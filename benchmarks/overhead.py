@@ -257,7 +257,9 @@ weights, gradients, losses and lines of every step, the last update (by a functi
 later gradient shows it), running statistics around every BatchNorm call, the query, the outer step,
 and all their numbers. It is told everything else: that there is a loop and which, how its updates
 are made, where tasks begin and end, what the parameters are called. It tells no restart, no other
-model and no fault from a step, writes nothing and judges nothing. See `benchmarks/floors.py`.
+model and no fault from a step, writes nothing and judges nothing. *Measured, written and judged by
+the probe*, what it noted becomes the very recording that the probe makes itself: only finding out
+is left out. See `benchmarks/floors.py`.
 
 ## Where the rest goes
 
@@ -270,11 +272,13 @@ tight loop. Calls that only pass through what is patched, with the probe switche
 1.02. Compiled with mypyc, 23 modules of that path ran no faster: of the samples a profiler took,
 the interpreter's own fell by a quarter, and as many came up in calls of its C interface.
 
-With `higher` and by hand the aims leave 0.03 to 0.08 of the run to all that, beside a recorder
-written for the loop, and with torch.func 0.1; on other days that recorder alone was at the aim
-(1.11, 1.18). Shares also depend on what else the machine does: several series gave 1.33 to 1.40 by
-hand, 1.25 to 1.26 with `higher` and 1.28 to 1.30 with torch.func, and on another day, before some
-calls were saved, 1.42 to 1.59, 1.27 to 1.36 and 1.33 to 1.46.
+What it would take was tried: once a loop had gone the same way for some rounds, each gradient was
+asked only whether it could be the next one, and all that there is to say of a round was said many
+rounds later, in one go with warm caches. That gave 0.05 by hand and 0.04 with torch.func, for six
+hundred lines that are a second way through all the observer knows; it was left out.
+
+Shares also depend on what else the machine does: series on other days gave 1.33 to 1.59 by hand,
+1.23 to 1.36 with `higher` and 1.24 to 1.46 with torch.func.
 
 With 8 filters the probe's own work is 4.4 milliseconds of 105 a task: 1.7 for the statistics of
 four layers before and after 24 calls (11 microseconds a copy, which takes 1 in a tight loop), 0.6

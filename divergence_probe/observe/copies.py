@@ -170,9 +170,11 @@ def _load(session: Session, states: _States, original: Callable[..., Any]) -> Ca
 
 def _note_statistics(session: Session, module: nn.Module, state: Mapping[str, Any]) -> None:
     """Running statistics that ``module`` has loaded are not what an earlier task left."""
+    reloaded = session.reloaded
     for name, buffer in module.named_buffers():
         if name in state and name.endswith("running_mean"):
-            session.reloaded[id(buffer)] = weakref.ref(buffer)
+            forget = functools.partial(reloaded.pop, id(buffer))
+            reloaded[id(buffer)] = weakref.ref(buffer, forget)
 
 
 def _note_loaded(

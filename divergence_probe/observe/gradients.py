@@ -252,7 +252,8 @@ class _Autograd(GradientCalls):
 
             with self._guard.work():
                 site, loss = self._session.sites.here(), first_tensor(tensors)
-                reached = there = self._loops.keeping_gradients(loss)
+                if kwargs.get("inputs") is None:
+                    reached = there = self._loops.keeping_gradients(loss)
                 stepped = self._loops.learned_at(site).optimizer if not reached else None
                 if stepped is not None:  # an optimizer's hooks see the parameters themselves
                     there = [t for reference in stepped if (t := reference()) is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,16 +114,13 @@ class Targets:
             return Target(parameters, others.known, others.positions, None, outer=True)
         task = self._tasks.of.get(optimizer)
         goes_on = task is not None and not task.ended and task.adapts(parameters)
-        equal = None
-        if task is not None and goes_on:
-            if task.base is None and _were_written(task, parameters):
-                equal = self._equal_to_base(parameters)
-            if equal is None:  # (clones that were named by value have other values by now)
-                return Target(parameters, task.known, task.positions, task.base, outer=False)
+        if task is not None and goes_on and not self._took_over(task, parameters):
+            # (clones that were named by value have other values by now)
+            return Target(parameters, task.known, task.positions, task.base, outer=False)
         copied, positions = self._copied_from(parameters, pending)
         if copied is not None:
             return Target(parameters, copied, positions, copied, outer=False)
-        equal = equal or self._equal_to_base(parameters)
+        equal = self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
         base = known if equal else self._partly_copied_from(parameters)
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
@@ -182,6 +178,14 @@ class Targets:
             return None, []
         return places[0][0], [place[1] for place in places]
 
+    def _took_over(self, task: Task, parameters: list[Tensor]) -> bool:
+        """Whether what a task adapted has been given the values of a base since its last step."""
+        written = any(
+            task.marks.get(place) != mark_of(parameter)
+            for parameter, place in zip(parameters, task.positions, strict=False)
+        )
+        return task.base is None and written and self._equal_to_base(parameters) is not None
+
     def _partly_copied_from(self, parameters: list[Tensor]) -> KnownModel | None:
         """The model that most of these parameters were copied from; others are a task's own.
 
@@ -217,11 +221,3 @@ class Targets:
             if task.base is None and task.adapts(parameters):
                 self._session.confirm(task)  # so were they in the tasks before
         return matched
-
-
-def _were_written(task: Task, parameters: Sequence[Tensor]) -> bool:
-    """Whether any parameter that a task adapts was written to since its last step."""
-    return any(
-        task.marks.get(place) != mark_of(parameter)
-        for parameter, place in zip(parameters, task.positions, strict=False)
-    )
