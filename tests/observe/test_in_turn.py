@@ -35,6 +35,12 @@ def diagnosed(net, run):
     return found.summary, {f.rule for f in found.findings if f.severity.name != "INFO"}
 
 
+def step_with(outer, net, gradients):
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    outer.step()
+
+
 def by_state(net, start):
     net.load_state_dict(start)
 
@@ -91,9 +97,7 @@ def test_gradients_handed_to_the_outer_optimizer_of_one_model():
                 inner.step()
             gradients = torch.autograd.grad(loss_of(net), list(net.parameters()))
             net.load_state_dict(start)
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-            outer.step()
+            step_with(outer, net, gradients)
 
     summary, _ = diagnosed(network(), run)
 
@@ -119,9 +123,7 @@ def test_a_worker_that_takes_over_the_values_of_the_base(fresh):
                 backward(worker)
                 inner.step()
             gradients = torch.autograd.grad(loss_of(worker), list(worker.parameters()))
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-            outer.step()
+            step_with(outer, net, gradients)
 
     summary, _ = diagnosed(network(), run)
 
@@ -143,9 +145,7 @@ def test_copies_that_are_adapted_together_with_a_head_of_their_tasks_own():
                 (loss_of(learner) + head.square().sum()).backward()
                 inner.step()
             gradients = torch.autograd.grad(loss_of(learner), list(learner.parameters()))
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-            outer.step()
+            step_with(outer, net, gradients)
 
     summary, found = diagnosed(network(), run)
 
@@ -294,9 +294,7 @@ def test_sharpness_aware_inner_steps(exactly):
                 backward(learner)
                 inner.step()
             gradients = torch.autograd.grad(loss_of(learner), list(learner.parameters()))
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-            outer.step()
+            step_with(outer, net, gradients)
 
     summary, found = diagnosed(network(), run)
 
@@ -340,9 +338,7 @@ def test_an_adversarys_steps_up_are_steps(own):
             backward(learner)
             gradients = [p.grad for p in learner.parameters()]
             net.load_state_dict(start)
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-            outer.step()
+            step_with(outer, net, gradients)
 
     summary, _ = diagnosed(network(), run)
 
