@@ -274,7 +274,7 @@ the interpreter's own fell by a quarter, and as many came up in calls of its C i
 
 What it would take was tried: once a loop had gone the same way for some rounds, each gradient was
 asked only whether it could be the next one, and all that there is to say of a round was said many
-rounds later, in one go with warm caches. That gave 0.05 by hand and 0.04 with torch.func, for six
+rounds later, in one go with warm caches. That gave 0.05 by hand and with torch.func, for six
 hundred lines that are a second way through all the observer knows; it was left out.
 
 Shares also depend on what else the machine does: series on other days gave 1.33 to 1.59 by hand,

@@ -91,7 +91,8 @@ class Session:
         self._indices = itertools.count()
         self._cut_short = 0
         self._copied: tuple[Task | None, set[int]] = (None, set())
-        #: Running means that were loaded with a state, by identity, until a task runs with them.
+        #: Running means that were loaded with a state, by identity, until a task runs with them (or
+        #: they are gone).
         self.reloaded: dict[int, weakref.ref[Tensor]] = {}
         self._taking_turns: set[KnownModel] = set()
 
@@ -441,9 +442,7 @@ class Session:
                 self._taking_turns.add(base)
             self._copied = task, buffers
         for call in forwards.normalizations:
-            mean = call.statistics() if call.statistics is not None else None
-            loaded = self.reloaded.pop(call.buffers, None)
-            if mean is not None and loaded is not None and loaded() is mean:
+            if self.reloaded.pop(call.buffers, None) is not None:
                 task.own_statistics.add(call.buffers)
             if base in self._taking_turns or call.buffers in task.own_statistics:
                 call.shared &= call.buffers in base.buffer_ids

@@ -180,11 +180,13 @@ class Targets:
 
     def _took_over(self, task: Task, parameters: list[Tensor]) -> bool:
         """Whether what a task adapted has been given the values of a base since its last step."""
+        if task.base is not None or not self._moved:  # (asked at every step)
+            return False
         written = any(
             task.marks.get(place) != mark_of(parameter)
             for parameter, place in zip(parameters, task.positions, strict=False)
         )
-        return task.base is None and written and self._equal_to_base(parameters) is not None
+        return written and self._equal_to_base(parameters) is not None
 
     def _partly_copied_from(self, parameters: list[Tensor]) -> KnownModel | None:
         """The model that most of these parameters were copied from; others are a task's own.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from divergence_probe.record.schema import (
     FLAGS,
     MISSING,
+    NAMELESS,
     OUTER,
     QUERY,
     SUPPORT,
@@ -130,6 +131,11 @@ class Frame:
     def begins(self) -> Flags:
         """``[S]`` whether the row is a task's first inner step."""
         return np.asarray(self.support & (self.step == 0))
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether no model owns what is adapted: an input, say, or weights in a list."""
+        return all(info.name.startswith(NAMELESS) for info in self.block.layout.parameters)
 
     def flagged(self, *names: str) -> Flags:
         """``[S]`` whether a row has any of these :data:`FLAGS`."""

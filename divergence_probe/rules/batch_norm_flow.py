@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from divergence_probe.record.schema import MISSING, NAMELESS, Array, Event, Flags
+from divergence_probe.record.schema import MISSING, Array, Event, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.outer_times import OuterTimes
@@ -151,8 +151,7 @@ class RunningStatisticsLeak(Rule):
         """
         facts = frame.tasks.get(task)
         meant = facts is not None and bool(facts.data.get("moved_on"))
-        names = [info.name for info in frame.block.layout.parameters]
-        if all(name.startswith(NAMELESS) for name in names):
+        if frame.is_nameless:
             now = frame.block.scalars["seconds"][row : row + 1]
             meant |= bool(self._stepped.between(frame, np.array([previous.seconds]), now)[0])
         return replace(previous.finding, severity=Severity.INFO) if meant else previous.finding

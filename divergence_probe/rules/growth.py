@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from divergence_probe.record.schema import NAMELESS, Array, Flags
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
 from divergence_probe.rules.usual_loss import LITTLE, UsualLoss
@@ -125,7 +125,7 @@ def _goes_up(frame: Frame) -> Flags:
 
 def _climbs(frame: Frame) -> Flags:
     """``[S]`` tasks most of whose steps go up, in what is no weight of a model."""
-    if not all(info.name.startswith(NAMELESS) for info in frame.block.layout.parameters):
+    if not frame.is_nameless:
         return np.zeros(len(frame.block), dtype=bool)
     up = frame.support & _goes_up(frame)
     mostly = 2 * frame.by_task.count(up) > frame.by_task.count(frame.support)

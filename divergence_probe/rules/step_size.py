@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from divergence_probe.record.schema import NAMELESS, Array, Flags
+from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import (
@@ -122,7 +122,7 @@ class IneffectiveStep(Rule):
         zero &= frame.flagged("zero") | (rates == 0)
         for site in np.unique(sites[frame.support & (largest > 0)]).tolist():
             self._zero[frame.block.rank, site] = None
-        for row in frame.first_rows(zero):
+        for row in np.flatnonzero(zero & frame.begins).tolist():
             key = (frame.block.rank, float(sites[row]))
             entry = self._zero.get(key, (None, 0))
             if entry is not None:
@@ -161,16 +161,15 @@ class IneffectiveStep(Rule):
         known_rates, gradient = frame.block.scalars["learning_rate"], whole(frame, "gradient_norm")
         dtypes = [info.dtype for info in frame.block.layout.parameters]
         lost = max(_SPACING.get(dtype, 0.0) for dtype in dtypes) * whole(frame, "norm_before")
+        by_hand = ~(known_rates > 0)
         with np.errstate(all="ignore"):
-            rates = whole(frame, "update_norm") / gradient
-            most = (whole(frame, "update_norm") + lost) / gradient
-        rates = np.where(known_rates > 0, known_rates, rates)
-        most = np.where(known_rates > 0, known_rates, most)
+            rates = np.where(by_hand, whole(frame, "update_norm") / gradient, known_rates)
+            hidden = np.where(by_hand, lost / gradient, 0.0)
         for site in np.unique(sites[moved]).tolist():
             lowest = float(np.fmin.reduce(rates[moved & (sites == site)]))
             self._rates[rank, site] = min(lowest, self._rates.get((rank, site), math.inf))
         needed = np.array([self._rates.get((rank, site), math.inf) for site in sites.tolist()])
-        return np.asarray(most >= _SAME_RATE * needed)
+        return np.asarray(rates + hidden >= _SAME_RATE * needed)
 
     def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
         """Not one weight moved: which is the closest to it, and what would move it."""
@@ -297,9 +296,7 @@ class NegativeLearningRate(Rule):
         """
         if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
             return True
-        names = (info.name for info in frame.block.layout.parameters)
-        own = not all(name.startswith(NAMELESS) for name in names)
-        return own or (frame.block.rank, frame.block.layout.index) in self._bases
+        return not frame.is_nameless or (frame.block.rank, frame.block.layout.index) in self._bases
 
     def _note_base(self, frame: Frame) -> None:
         """Note whether outer steps move a frame's tensors, or task after task begins with them."""
