@@ -73,14 +73,14 @@ def watch(options: RunOptions) -> int:
         runner.check(options.target)
     except runner.TargetError as error:
         raise UsageError(str(error)) from error
-    _warm_up(options.destinations)
+    warm_up(options.destinations)
     name = Path(options.title).stem if options.target.script else options.title
     own = place()
     folder = recording_folder.prepare(options.output, name, force=options.force, place=own)
     return _WatchedRun(options, folder, own).run()
 
 
-def _warm_up(destinations: tuple[Destination, ...]) -> None:
+def warm_up(destinations: tuple[Destination, ...]) -> None:
     """Render nothing in each format: what it imports must not come from the script's folder."""
     from divergence_probe.diagnosis.diagnosis import Diagnosis, Summary
     from divergence_probe.report import registry

@@ -120,7 +120,7 @@ def test_a_re_run_ends_with_its_time_and_says_what_input_is_missing(tmp_path: Pa
     for _ in loop(8.0): pass
     """
     script = write_script(tmp_path, body).read_text()
-    report, stderr = confirmed_run(tmp_path, script, "--confirm-timeout", "6")
+    report, stderr = confirmed_run(tmp_path, script, "--confirm-timeout", "12")
     assert outcomes(report) == {"control": "timed out"}
     assert report["root_cause"]["confidence"] == "inferred"
     assert "standard input" in stderr

@@ -117,12 +117,14 @@ class Targets:
         if task is not None and goes_on and not self._took_over(task, parameters):
             # (clones that were named by value have other values by now)
             return Target(parameters, task.known, task.positions, task.base, outer=False)
-        copied, positions = self._copied_from(parameters, pending)
-        if copied is not None:
-            return Target(parameters, copied, positions, copied, outer=False)
+        origins = self._origins_of(parameters)
+        copied = self._owner_of(origins, pending) if origins else None
+        if copied is not None and len(origins) == len(parameters):
+            known, positions = copied
+            return Target(parameters, known, positions, known, outer=False)
         equal = self._equal_to_base(parameters)
         known, positions = equal or named(session.models, parameters, parameters)
-        base = known if equal else self._partly_copied_from(parameters)
+        base = known if equal else copied[0] if copied is not None else None
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
@@ -154,29 +156,30 @@ class Targets:
                 return task
         return None
 
-    def _copied_from(
-        self, parameters: list[Tensor], pending: Pending | None
-    ) -> tuple[KnownModel | None, list[int]]:
-        """The model these parameters were deep-copied from, and their positions in it.
+    def _origins_of(self, parameters: list[Tensor]) -> list[Tensor]:
+        """What most of these parameters were copied from; others are a task's own.
+
+        (A head that is made of its task's prototypes, say, and adapted together with a copy.)
+        """
+        models = self._session.models
+        origins = [origin for p in parameters if (origin := models.origin_of(p)) is not None]
+        return origins if 2 * len(origins) > len(parameters) else []
+
+    def _owner_of(
+        self, origins: list[Tensor], pending: Pending | None
+    ) -> tuple[KnownModel, list[int]] | None:
+        """The model that has all of ``origins``, and their positions in it.
 
         Of several optimizers each has a part of it: the model is what the backward went through.
         """
         models = self._session.models
-        origins = [models.origin_of(parameter) for parameter in parameters]
-        present = [origin for origin in origins if origin is not None]
-        if len(present) < len(origins) or not present:
-            return None, []
-        if models.find(present[0]) is None:
+        if models.find(origins[0]) is None:
             reached = [t for r in pending.inputs if (t := r()) is not None] if pending else []
             whole = [origin for t in reached if (origin := models.origin_of(t)) is not None]
-            models.discover([*present, *whole])
-            if models.find(present[0]) is None:
-                models.discover(present)
-        found = [models.find(origin) for origin in present]
-        places = [place for place in found if place is not None]
-        if len(places) < len(found) or any(place[0] is not places[0][0] for place in places):
-            return None, []
-        return places[0][0], [place[1] for place in places]
+            models.discover([*origins, *whole])
+            if models.find(origins[0]) is None:
+                models.discover(origins)
+        return models.find_all(origins)
 
     def _took_over(self, task: Task, parameters: list[Tensor]) -> bool:
         """Whether what a task adapted has been given the values of a base since its last step."""
@@ -187,20 +190,6 @@ class Targets:
             for parameter, place in zip(parameters, task.positions, strict=False)
         )
         return written and self._equal_to_base(parameters) is not None
-
-    def _partly_copied_from(self, parameters: list[Tensor]) -> KnownModel | None:
-        """The model that most of these parameters were copied from; others are a task's own.
-
-        (A head that is made of its task's prototypes, say, and adapted together with a copy.)
-        """
-        models = self._session.models
-        origins = [origin for p in parameters if (origin := models.origin_of(p)) is not None]
-        if 2 * len(origins) <= len(parameters):
-            return None
-        found = models.find(origins[0])
-        known = found[0] if found is not None else models.discover(origins)
-        whole = known is not None and all(known.position(origin) is not None for origin in origins)
-        return known if whole else None
 
     def _equal_to_base(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """The base that parameters begin equal to, value by value: then they are its copies.

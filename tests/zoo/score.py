@@ -125,7 +125,16 @@ def preload() -> None:
     import torch._dynamo  # noqa: F401
     import torchopt  # noqa: F401
 
-    import divergence_probe.watched_run  # noqa: F401
+    import divergence_probe.observe.observer
+    import divergence_probe.probe
+    import divergence_probe.replay  # noqa: F401
+    from divergence_probe.commands.registry import all_commands
+    from divergence_probe.rules.registry import all_rules
+    from divergence_probe.watched_run import warm_up
+
+    all_commands()
+    all_rules()
+    warm_up((("rich", None), ("json", None)))
 
 
 def put_afar() -> None:
