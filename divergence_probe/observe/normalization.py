@@ -28,7 +28,14 @@ from divergence_probe.observe.guard import BACKWARD_THREADS
 from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.task import Task
-from divergence_probe.observe.tensors import are_plain, in_plain_torch, is_tracing, is_unreal, plain
+from divergence_probe.observe.tensors import (
+    are_plain,
+    in_plain_torch,
+    is_tracing,
+    is_unreal,
+    physical,
+    plain,
+)
 
 # this function <- handler <- forwarding stub in place of the function's code <- module.forward
 _CALLER = 3
@@ -104,7 +111,11 @@ def _note(
 ) -> None:
     """Write down one finished ``F.batch_norm`` call."""
     data, running_mean, _, weight, _, training, momentum, _ = call
-    data = plain(data)
+    data, width = physical(data)
+    if width > 1:  # all tasks of a vmap, as one batch
+        data = data.flatten(0, 1)
+    # (the wrapper that a transform hands on is gone when the gradient is there)
+    weight = plain(weight) if weight is not None else None
     batch = None
     channels = data.shape[1] if data.dim() > 1 else 1
     owner = _owner(session, module)
@@ -123,7 +134,7 @@ def _note(
             before=before,
             after=after,
             batch=batch,
-            values=data.numel() // max(channels, 1),
+            values=data.numel() // max(width * channels, 1),
             batches=_counter(module),
             shared=running_mean is not None and session.models.is_base_buffer(running_mean),
             buffers=id(running_mean) if running_mean is not None else 0,
@@ -142,7 +153,13 @@ def _statistics(mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
         return None
     if mean.requires_grad or variance.requires_grad:
         mean, variance = mean.detach(), variance.detach()
-    return torch.cat((plain(mean), plain(variance)))
+    return torch.cat((_one_a_channel(mean), _one_a_channel(variance)))
+
+
+def _one_a_channel(statistic: Tensor) -> Tensor:
+    """Running statistics ``[C]``; the mean of them where each task of a vmap has its own."""
+    value = physical(statistic)[0]
+    return value if value.dim() < 2 else value.mean(0)
 
 
 def _recomputed(session: Session, module: nn.Module | None, statistics_moved: bool) -> None:
