@@ -311,6 +311,7 @@ class Optimizers:
             site=step.site,
             around=self._targets.is_around(step.optimizer),
             optimizer=step.facts.name,
+            reached=step.pending is not None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ class NoMetaGradient(Rule):
 
     ## What it does
     At each outer step, looks at the gradients of the base's parameters; where all are absent (or
-    exactly zero although the queries had a gradient), says which of the known reasons it is. At the
-    end, names other optimizers that stepped and never had a gradient (a warning): of the weights
+    exactly zero although the queries had a gradient, and no backward put them there), says which of
+    the known reasons it is. At the end, names other optimizers that stepped and never had a gradient (a warning): of the weights
     of samples, say.
 
     ## Why it is bad
@@ -71,11 +72,15 @@ class NoMetaGradient(Rule):
         nothing = ((gradients[steps] == MISSING) | (gradients[steps] == 0)).all(1)
         nothing &= ~frame.flagged("incomplete")[steps]
         begins = [0, *(steps + 1).tolist()]
-        for number in np.flatnonzero(nothing).tolist():
+        numbers = np.flatnonzero(nothing).tolist()
+        data = _data_of(frame, steps) if numbers else []
+        for number in numbers:
             row = int(steps[number])
             self._note(frame, begins[number], row)
             absent = bool((gradients[row] == MISSING).all())
-            if self._last and (absent or self._was_there()):
+            # a backward's own zeros: of a hinge that every sample has passed, say
+            arrived = bool(data[number].get("reached")) and not frame.flagged("clipped")[row]
+            if self._last and (absent or (self._was_there() and not arrived)):
                 yield from self._describe(frame, row)
         self._note(frame, begins[-1], len(frame.block))
         if self._last:
@@ -240,13 +245,18 @@ class MetaGradientExplosion(Rule):
         )
 
 
+def _data_of(frame: Frame, rows: npt.NDArray[np.intp]) -> list[dict[str, Any]]:
+    """What is known of outer steps beside their numbers; nothing of those by other parameters."""
+    events = frame.events("outer-step")
+    # An event comes right after its row; one of other parameters has its row elsewhere.
+    places = np.searchsorted([e.seconds for e in events], frame.block.scalars["seconds"][rows])
+    return [events[place].data if place < len(events) else {} for place in places.tolist()]
+
+
 def _before_clipping(frame: Frame, rows: npt.NDArray[np.intp]) -> Array:
     """``[len(rows)]`` norms of outer gradients before they were clipped by them; nan unknown."""
-    steps = [(event.seconds, event.data) for event in frame.events("outer-step")]
-    norms = [float(data.get("unclipped_norm", math.nan)) for _, data in steps]
-    # An event comes right after its row; one of other parameters has its row elsewhere.
-    places = np.searchsorted([time for time, _ in steps], frame.block.scalars["seconds"][rows])
-    found: Array = np.array([*norms, math.nan])[np.minimum(places, len(norms))]
+    norms = [float(data.get("unclipped_norm", math.nan)) for data in _data_of(frame, rows)]
+    found: Array = np.array(norms, dtype=float)
     return found
 
 

@@ -210,6 +210,27 @@ def test_a_gradient_that_clipping_made_zero_is_not_said_to_be_cut_off() -> None:
     assert "clipping made it zero" in found[0]["message"] and "detach" not in found[0]["fix"]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_query_without_a_loss_has_a_gradient_of_zero(cut: bool) -> None:
+    """Its faulty twin is cut off, with zeros in place of what never comes."""
+    torch.manual_seed(0)
+    x, y, start = torch.randn(20, 3), torch.randn(20, 1), nn.Parameter(torch.zeros(3, 1))
+    optimizer = torch.optim.SGD([start], lr=0.1)
+    start.grad = torch.zeros_like(start)
+
+    with divergence_probe.attach() as probe:
+        for _ in range(ROUNDS):
+            weight = start.detach().requires_grad_() if cut else start
+            for _ in range(STEPS):
+                (slope,) = torch.autograd.grad((x @ weight - y).square().mean(), weight)
+                weight = weight - 0.1 * slope
+            optimizer.zero_grad(set_to_none=False)
+            torch.relu((x @ weight - y).abs() - 100.0).mean().backward()
+            optimizer.step()
+
+    assert ("MG001" in {finding.rule for finding in probe.diagnosis.findings}) is cut
+
+
 def test_a_query_through_steps_that_nobody_uses_is_no_unused_step() -> None:
     """The start is fixed and belongs to no optimizer; what is learned gets no gradient."""
     torch.manual_seed(0)

@@ -49,6 +49,17 @@ def test_where_no_query_was_seen_the_last_inner_steps_speak():
     assert one("MG001", make(*dead, inner(1), events=[start()]), make(zero))
 
 
+def test_a_zero_that_a_backward_brought():
+    """A hinge whose margin every sample of the query has; not the zeros of ``zero_grad``."""
+    rows = inner(), outer(gradient_norm=0.0)
+
+    def stepped(reached):
+        return Event("outer-step", -1, -1, 100.0, OUTER_SITE, {"reached": reached})
+
+    assert silent("MG001", make(*rows, events=[start(), stepped(True)]))
+    assert one("MG001", make(*rows, events=[start(), stepped(False)]))
+
+
 @pytest.mark.parametrize(
     ("data", "fix"),
     [
