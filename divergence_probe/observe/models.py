@@ -101,6 +101,7 @@ class Models:
         self._at_hand: list[KnownModel] = []  # the same, for what every normalisation asks
         self._by_parameter: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
+        self._beside: dict[int, list[KnownModel]] = {}  # others of a layout, nameless, too
         self._searched: set[int] = set()
         self._search_seconds = 0.0
         self._searches = 0
@@ -152,6 +153,23 @@ class Models:
         if any(reference() is None for reference in known.parameters):
             known.parameters = [weakref.ref(tensor) for tensor in tensors]
         return known
+
+    def beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> KnownModel:
+        """A model alike ``known``, for nameless tensors that live and move beside its own.
+
+        They take the place of such tensors that are gone.
+        """
+        alike = self._beside.setdefault(known.layout.index, [])
+        for other in alike:
+            if any(reference() is None for reference in other.parameters):
+                other.parameters = [weakref.ref(tensor) for tensor in tensors]
+                break
+        else:
+            other = KnownModel(None, known.layout, tensors)
+            alike.append(other)
+        for index, tensor in enumerate(tensors):
+            self._by_parameter[id(tensor)] = (weakref.ref(tensor), other, index)
+        return other
 
     def named(self, parameters: Mapping[str, Tensor]) -> KnownModel:
         """A layout for parameters under the names the user gives them."""

@@ -101,10 +101,10 @@ class Targets:
         """What parameters are that no base is known to have."""
         session = self._session
         if any(map(session.models.begun, parameters)):
-            known, positions = named(session.models, parameters, parameters)
+            known, positions = self._named(parameters)
             return Target(parameters, known, positions, None, outer=True)
         if self._goes_through_tasks(optimizer, parameters, pending):
-            known, positions = named(session.models, parameters, parameters)
+            known, positions = self._named(parameters)
             return Target(parameters, known, positions, None, outer=True)
         others = self.adapted_by_others(optimizer, parameters)
         adapts = optimizer in self._tasks.of
@@ -123,14 +123,29 @@ class Targets:
             known, positions = copied
             return Target(parameters, known, positions, known, outer=False)
         equal = self._equal_to_base(parameters)
-        known, positions = equal or named(session.models, parameters, parameters)
+        known, positions = equal or self._named(parameters)
         base = known if equal else copied[0] if copied is not None else None
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
-        if pending is None and base is None and any(p.grad is not None for p in parameters):
+        handed = pending is None or pending.function == "grad"
+        if handed and base is None and any(p.grad is not None for p in parameters):
             self.moved(known)  # by gradients that were handed to it: those of its copies, maybe
         return Target(parameters, known, positions, base, outer=base is None and moves_base)
+
+    def _named(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]]:
+        """The model of an optimizer's parameters, and their positions in it.
+
+        Where only shapes tell, they are not what another optimizer is adapting, if they are not the
+        same tensors: a penalty has the shape of the weights it is of.
+        """
+        known, positions = named(self._session.models, parameters, parameters)
+        others = [reference() for reference in known.parameters]
+        if known.model is not None or any(t is None or t is p for t in others for p in parameters):
+            return known, positions
+        if any(t.known is known and t.in_place for t in self._session.open):
+            known = self._session.models.beside(known, parameters)
+        return known, positions
 
     def _goes_through_tasks(
         self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
