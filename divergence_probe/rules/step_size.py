@@ -205,7 +205,8 @@ class NegativeLearningRate(Rule):
     ## What it does
     Compares each update with its gradient. Where a parameter's update points up its own gradient
     (or the recorded learning rate is negative) and the support loss rises, the rate is negative.
-    A remark where what climbs is no weight of a base (an input under attack, say): it may be meant.
+    A remark where it may be meant: where every step so far climbed (a likelihood is maximised), or
+    what climbs is no weight of a base (an input under attack, say).
 
     ## Why it is bad
     The inner loop un-learns the support set. The outer loss may still fall for a while, by using
@@ -237,11 +238,14 @@ class NegativeLearningRate(Rule):
         # of tensors without a name: those known to be a base, and where the last task began
         self._bases: set[tuple[int, int]] = set()
         self._starts: dict[tuple[int, int], Array] = {}
+        self._descended: set[tuple[int, int]] = set()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """A task is reported once its loss has risen over a step with a negative rate."""
         self._note_base(frame)
         rates = frame.block.parameters["step_rate"]
+        if (rates[frame.support] > 0).any():
+            self._descended.add((frame.block.rank, frame.block.layout.index))
         negative = self._negative(frame)
         told = negative.copy()
         if self._climbing:
@@ -291,12 +295,14 @@ class NegativeLearningRate(Rule):
     def _is_learned(self, frame: Frame, row: int) -> bool:
         """Whether a rate may be one that was learned: there is a base it would be learned with.
 
-        A tensor no model owns, which begins anew in each task and which no outer step moves, is no
+        By hand, one that was never seen to be positive, of no parameter, is an objective's that is
+        maximised; a learned one begins as a rate. A tensor no model owns, which begins anew in each task and which no outer step moves, is no
         weight: an input that is attacked, say, and to climb is what that is for.
         """
         if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
             return True
-        return not frame.is_nameless or (frame.block.rank, frame.block.layout.index) in self._bases
+        layout = (frame.block.rank, frame.block.layout.index)
+        return layout in self._descended and (not frame.is_nameless or layout in self._bases)
 
     def _note_base(self, frame: Frame) -> None:
         """Note whether outer steps move a frame's tensors, or task after task begins with them."""

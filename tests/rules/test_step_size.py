@@ -245,12 +245,23 @@ def climbing(rate, losses=(1.0, 1.5), declared=None):
     ]  # fmt: skip
 
 
+#: A task that goes down, as a learned rate does before it turns.
+DESCENDING = inner(9, step_rate=0.1, learning_rate=-INF)
+
+
 @pytest.mark.parametrize("declared", [None, -INF])
 def test_a_negative_rate(declared):
-    finding = one("LR003", make(*climbing(-0.1, declared=declared)))
+    finding = one("LR003", make(*climbing(-0.1, declared=declared), DESCENDING))
 
     assert place(finding) == ("negative-learned-lr", Severity.WARNING, "body.0", 0, 0)
     assert finding.evidence["learning_rate"] == pytest.approx(-0.1)
+
+
+def test_an_objective_that_is_maximised_is_a_remark():
+    """By hand, up from the first step on: a likelihood, or a sign that is wrong."""
+    assert one("LR003", make(*climbing(-0.1, declared=-INF))).severity is Severity.INFO
+    declared = one("LR003", make(*climbing(-0.1, declared=-0.1)))  # as an optimizer's rate
+    assert declared.severity is Severity.WARNING
 
 
 def test_a_rising_loss_with_a_positive_rate_or_a_negative_one_that_does_no_harm():
@@ -281,9 +292,13 @@ def test_to_climb_on_an_input_is_a_remark():
 
 
 def test_to_climb_on_a_base_without_a_name_is_not():
-    again = make(*attacked(2.0, 0), *attacked(2.0, 1), parameters=NAMELESS)
+    down = DESCENDING | {"norm_before": 2.0}
+    again = make(*attacked(2.0, 0), *attacked(2.0, 1), down, parameters=NAMELESS)
     assert findings("LR003", again)[-1].severity is Severity.WARNING
-    moved = [make(outer(), parameters=NAMELESS), make(*attacked(2.0, 1), parameters=NAMELESS)]
+    moved = [
+        make(outer(), parameters=NAMELESS),
+        make(*attacked(2.0, 1), down, parameters=NAMELESS),
+    ]
     assert findings("LR003", *moved)[-1].severity is Severity.WARNING
     known = make(*[row | {"learning_rate": -0.1} for row in attacked(2.0, 0)], parameters=NAMELESS)
     assert one("LR003", known).severity is Severity.WARNING
