@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from divergence_probe.observe.at_hand import all_same, are_same, worth_a_wait
+from divergence_probe.observe.modules_alive import ModulesAlive
 from divergence_probe.observe.tensors import are, is_fresh
 from divergence_probe.record.schema import CONTAINERS, NAMELESS, Layout, ParameterInfo
 
@@ -22,10 +21,6 @@ _WRAPPERS = frozenset(
 #: Tells models of the same structure apart.
 _SERIALS = itertools.count()
 
-# Searching is for names only: it must not become a cost of its own. Seconds of this thread's own
-# time, for a busy machine takes no names away; a few searches are granted to any program.
-_SEARCH_SECONDS = 1.0
-_SEARCHES_GRANTED = 8
 _MATCHES_TRIED = 8
 
 
@@ -103,8 +98,7 @@ class Models:
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._beside: dict[int, list[KnownModel]] = {}  # others of a layout, nameless, too
         self._searched: set[int] = set()
-        self._search_seconds = 0.0
-        self._searches = 0
+        self._alive = ModulesAlive()
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._begun: dict[int, weakref.ref[Tensor]] = {}
@@ -357,8 +351,7 @@ class Models:
     def discover(self, tensors: Iterable[Tensor]) -> KnownModel | None:
         """Search the interpreter for the smallest module that owns all of ``tensors``.
 
-        One pass over the garbage collector's objects (50 ms for a million), so only for tensors
-        never searched for before, and not for ever.
+        Only for tensors never searched for before, and not for ever.
         """
         wanted = {id(tensor) for tensor in tensors}
         if not wanted or wanted <= self._searched:
@@ -373,20 +366,8 @@ class Models:
         )
 
     def _modules(self) -> list[nn.Module]:
-        """Every module alive that is the user's own, from one pass over all objects."""
-        started = time.thread_time()
-        self._searches += 1
-        if self._search_seconds > _SEARCH_SECONDS and self._searches > _SEARCHES_GRANTED:
-            return []
-        modules = [
-            candidate
-            for candidate in gc.get_objects()
-            if issubclass(type(candidate), nn.Module)
-            and "_modules" in vars(candidate)
-            and type(candidate).__name__ not in _WRAPPERS
-        ]
-        self._search_seconds += time.thread_time() - started
-        return modules
+        """Every module alive that is the user's own."""
+        return [m for m in self._alive.find() if type(m).__name__ not in _WRAPPERS]
 
     def search_by_value(self, tensors: Sequence[Tensor]) -> tuple[KnownModel, list[int]] | None:
         """As :meth:`match`, among every module alive: for clones of a model not met yet."""

@@ -27,8 +27,8 @@ class NoMetaGradient(Rule):
     ## What it does
     At each outer step, looks at the gradients of the base's parameters; where all are absent (or
     exactly zero although the queries had a gradient, and no backward put them there), says which of
-    the known reasons it is. At the end, names other optimizers that stepped and never had a gradient (a warning): of the weights
-    of samples, say.
+    the known reasons it is. At the end, names other optimizers that stepped and never had a
+    gradient (a warning): of the weights of samples, say.
 
     ## Why it is bad
     Meta-training does nothing. The outer optimizer steps without a gradient, silently.

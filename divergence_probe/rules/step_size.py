@@ -296,8 +296,9 @@ class NegativeLearningRate(Rule):
         """Whether a rate may be one that was learned: there is a base it would be learned with.
 
         By hand, one that was never seen to be positive, of no parameter, is an objective's that is
-        maximised; a learned one begins as a rate. A tensor no model owns, which begins anew in each task and which no outer step moves, is no
-        weight: an input that is attacked, say, and to climb is what that is for.
+        maximised; a learned one begins as a rate. A tensor no model owns, which begins anew in each
+        task and which no outer step moves, is no weight: an input that is attacked, say, and to
+        climb is what that is for.
         """
         if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
             return True
