@@ -164,7 +164,8 @@ class MetaGradientExplosion(Rule):
     Compares the norm of the gradient at each outer step with the largest inner gradient since the
     outer step before, or with the one that the losses would have over the length of the weights
     (``|loss| / ||w||``: where an inner loop has converged, as one that goes on from the last
-    weights, its own gradients are next to nothing). Differentiating through an unroll multiplies
+    weights, its own gradients are next to nothing; a query's loss may be of another scale).
+    Differentiating through an unroll multiplies
     one Jacobian a step; where the product grows, so does the meta-gradient, with inner loops that
     look healthy.
 
@@ -213,7 +214,7 @@ class MetaGradientExplosion(Rule):
         self._used = alone
         inner = np.where(frame.outer | ~np.isfinite(norms), 0.0, norms)
         np.maximum.at(largest, stretch, np.fmax(inner, _over_its_weights(frame)))
-        np.maximum.at(steps, stretch, np.where(frame.outer, 0.0, frame.step + 1))
+        np.maximum.at(steps, stretch, np.where(frame.support, frame.step + 1, 0.0))
         second[stretch[frame.flagged("second_order") & ~frame.outer]] = True
         if alone:  # the inner steps before each of them were in the frame before
             largest[:], steps[:], second[:] = largest[0], steps[0], second[0]
@@ -261,10 +262,15 @@ def _before_clipping(frame: Frame, rows: npt.NDArray[np.intp]) -> Array:
 
 
 def _over_its_weights(frame: Frame) -> Array:
-    """``[S]`` the gradient that each inner loss would have over the length of its weights."""
+    """``[S]`` the gradient that each loss would have over the length of the weights it is of.
+
+    (A query's, too: its task may have been adapted by a loss of another scale.)
+    """
     loss, length = np.abs(frame.block.scalars["loss"]), whole(frame, "norm_before")
+    latest = np.maximum.accumulate(np.where(length > 0, np.arange(len(length)), 0))
+    length = length[latest] if len(length) else length
     with np.errstate(all="ignore"):
-        scale = np.where(frame.support & (length > 0), loss / length, 0.0)
+        scale = np.where(~frame.outer & (length > 0), loss / length, 0.0)
     return np.where(np.isfinite(scale), scale, 0.0)
 
 

@@ -9,6 +9,7 @@ from .blocks import (
     HERE,
     NAN,
     OUTER_SITE,
+    findings,
     inner,
     make,
     one,
@@ -100,6 +101,20 @@ def test_a_meta_gradient_of_ordinary_size():
     assert silent("MG002", unrolled(NAN))  # which is NF002's
     assert silent("MG002", unrolled(8000.0, row=dict))  # first order: nothing was unrolled
     assert silent("MG002", unrolled(8000.0), meta_gradient_growth=1e4)
+
+
+@pytest.mark.parametrize(("loss", "exploded"), [(1e-3, True), (50.0, False)])
+def test_a_query_whose_loss_is_of_another_scale(loss, exploded):
+    """Adapted by a loss that is averaged twice: its gradients say nothing of the query's."""
+    steps = [
+        second_order(inner(0, step, gradient_norm=1e-3, loss=1e-3, norm_before=5.0))
+        for step in range(3)
+    ]
+    asked = query(step=3.0, loss=loss, norm_before=MISSING)
+    seen = findings("MG002", make(*steps, asked, outer(gradient_norm=10.0), events=[start()]))
+
+    assert len(seen) == exploded
+    assert all("each of 3 unrolled steps" in finding.message for finding in seen)
 
 
 def test_first_order_gradients_only():
