@@ -45,6 +45,10 @@ PRECEDENCE = (
 )
 
 
+#: Each was seen to make the first bad number of its task: of several, the earliest is the root.
+_FIRST_BAD = ("singular-forward", "singular-backward", "adam-sqrt-zero")
+
+
 @dataclass(frozen=True)
 class _Candidate:
     index: int
@@ -54,7 +58,8 @@ class _Candidate:
     def order(self) -> tuple[float, ...]:
         finding = self.finding
         assert finding.cause is not None
-        rank = PRECEDENCE.index(finding.cause) if finding.cause in PRECEDENCE else len(PRECEDENCE)
+        cause = _FIRST_BAD[0] if finding.cause in _FIRST_BAD else finding.cause
+        rank = PRECEDENCE.index(cause) if cause in PRECEDENCE else len(PRECEDENCE)
         return (-finding.severity, rank, _or_late(finding.task), _or_late(finding.step))
 
 

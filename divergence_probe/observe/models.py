@@ -97,6 +97,7 @@ class Models:
         self._by_parameter: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._beside: dict[int, list[KnownModel]] = {}  # others of a layout, nameless, too
+        self._others: dict[int, weakref.ref[Tensor]] = {}
         self._searched: set[int] = set()
         self._alive = ModulesAlive()
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
@@ -147,6 +148,20 @@ class Models:
         if any(reference() is None for reference in known.parameters):
             known.parameters = [weakref.ref(tensor) for tensor in tensors]
         return known
+
+    def note_beside(self, tensors: Iterable[Tensor]) -> None:
+        """Note leaves that a gradient reached together with the weights that it moves."""
+        for tensor in tensors:
+            self._others[id(tensor)] = weakref.ref(tensor)
+
+    def are_beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> bool:
+        """Whether nameless tensors are not those of a model of their shapes, but beside them."""
+        if known.model is not None or not self._others:
+            return False
+        if any(known.position(tensor) is not None for tensor in tensors):
+            return False
+        noted = (self._others.get(id(tensor)) for tensor in tensors)
+        return all(r is not None and r() is t for r, t in zip(noted, tensors, strict=True))
 
     def beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> KnownModel:
         """A model alike ``known``, for nameless tensors that live and move beside its own.

@@ -128,23 +128,20 @@ class Targets:
         moves_base = known in session.bases and not self._trains(optimizer, known, pending)
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
-        handed = pending is None or pending.function == "grad"
-        if handed and base is None and any(p.grad is not None for p in parameters):
+        if pending is None and base is None and any(p.grad is not None for p in parameters):
             self.moved(known)  # by gradients that were handed to it: those of its copies, maybe
         return Target(parameters, known, positions, base, outer=base is None and moves_base)
 
     def _named(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]]:
         """The model of an optimizer's parameters, and their positions in it.
 
-        Where only shapes tell, they are not what another optimizer is adapting, if they are not the
-        same tensors: a penalty has the shape of the weights it is of.
+        Where only shapes tell, they are not the weights that tasks adapt if the loss of these
+        depends on both: a penalty for each weight has the shape of the weights.
         """
-        known, positions = named(self._session.models, parameters, parameters)
-        others = [reference() for reference in known.parameters]
-        if known.model is not None or any(t is None or t is p for t in others for p in parameters):
-            return known, positions
-        if any(t.known is known and t.in_place for t in self._session.open):
-            known = self._session.models.beside(known, parameters)
+        models = self._session.models
+        known, positions = named(models, parameters, parameters)
+        if models.are_beside(known, parameters):
+            known = models.beside(known, parameters)
         return known, positions
 
     def _goes_through_tasks(

@@ -85,6 +85,7 @@ def _marks(event: Event, data: dict[str, Any]) -> tuple[Mark, ...]:
     what = {
         "input": f"non-finite data enters {operation}",
         "update": "the update makes weights non-finite",
+        "gradient": "the gradient of the step before overflowed",
     }.get(data["what"], f"{operation}: {_range(data)}")
     marks = []
     if event.site:
@@ -321,7 +322,8 @@ class LowPrecision(_Forensic):
     ## What it does
     As FX002, where the operation's output is float16 or bfloat16; and where a finite gradient
     and a finite weight in such a type make a non-finite weight (Adam's eps of 1e-8 is 0 in
-    float16: 0 / 0).
+    float16: 0 / 0), or a gradient in float16 is not finite, no operation's derivative can have made
+    it so, and the step was taken all the same.
 
     ## Why it is bad
     float16 ends at 65504: squares overflow from 256 on, attention scores sooner.
@@ -346,6 +348,9 @@ class LowPrecision(_Forensic):
     fixes: ClassVar[dict[str, str]] = {
         "update": "learner = copy.deepcopy(model).float()   # step in float32, compute in half\n"
         "opt = torch.optim.Adam(learner.parameters(), lr=lr, eps=1e-4)   # or an eps float16 has",
+        "gradient": "scaler = torch.amp.GradScaler()   # lowers its scale and skips such a step\n"
+        "scaler.scale(loss).backward(); scaler.step(opt); scaler.update()\n"
+        "net = net.to(torch.bfloat16)         # or the range of float32",
         "": "with torch.autocast('cuda', dtype=torch.bfloat16):   # the range of float32\n"
         "loss = F.mse_loss(prediction.float(), target.float())   # or this operation in float32",
     }
@@ -359,6 +364,9 @@ class LowPrecision(_Forensic):
         dtype = data["dtype"]
         if data["what"] == "update":
             return f"the update makes {dtype} weights non-finite (finite before: {_range(data)})"
+        if data["what"] == "gradient":
+            layer = data["layers"][0] if data["layers"] else "the weights"
+            return f"the gradient of {layer} overflows {dtype} in the backward ({_LOW[dtype]})"
         return f"{data['operation']}{_in(data)} overflows {dtype} ({_range(data)}; {_LOW[dtype]})"
 
 

@@ -160,9 +160,10 @@ class IneffectiveStep(Rule):
         sites, rank = frame.block.scalars["site"], frame.block.rank
         known_rates, gradient = frame.block.scalars["learning_rate"], whole(frame, "gradient_norm")
         dtypes = [info.dtype for info in frame.block.layout.parameters]
-        lost = max(_SPACING.get(dtype, 0.0) for dtype in dtypes) * whole(frame, "norm_before")
+        spacing = max(_SPACING.get(dtype, 0.0) for dtype in dtypes)
         by_hand = ~(known_rates > 0)
         with np.errstate(all="ignore"):
+            lost = spacing * whole(frame, "norm_before")
             rates = np.where(by_hand, whole(frame, "update_norm") / gradient, known_rates)
             hidden = np.where(by_hand, lost / gradient, 0.0)
         for site in np.unique(sites[moved]).tolist():

@@ -21,7 +21,7 @@ class Fault:
 
     Attributes:
         phase: ``"forward"``, ``"backward"``, ``"second backward"`` or ``"update"``.
-        what: ``"input"`` (the data came in bad), ``"operation"`` or ``"update"``.
+        what: ``"input"`` (the data came in bad), ``"operation"``, ``"gradient"`` or ``"update"``.
         operation: such as ``"sqrt"``.
         values: of its inputs.
         dtype: of what it made.

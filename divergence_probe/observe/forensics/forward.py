@@ -89,7 +89,9 @@ def first_bad(graph: Graph) -> Spot | None:
         if spot is not None:
             return spot
         if reading.output.get(node) is False and not reading.bad_input(node):
-            return reading.describe(node)
+            spot = reading.describe(node)
+            if spot is not None:
+                return spot
     return None
 
 
@@ -166,8 +168,11 @@ class _Reading:
                 self._leaves[leaf] = variable is None or finite(variable)
         return not all(self._leaves[leaf] for leaf in leaves)
 
-    def describe(self, node: Any) -> Spot:
-        """The producer at ``node`` or, where it cannot be one, among unknown nodes before it."""
+    def describe(self, node: Any) -> Spot | None:
+        """The producer at ``node`` or, where it cannot be one, among unknown nodes before it.
+
+        None where such a node only hands on what came into it.
+        """
         while family(node.name()) in _FAITHFUL:
             unknown = [
                 following
@@ -177,6 +182,8 @@ class _Reading:
             if not unknown:
                 break
             node = max(unknown, key=lambda following: following._sequence_nr())
+            if self.bad_input(node):
+                return None
         inputs = [entry.value for entry in self.kept[node] if not entry.result]
         # a sum of finite numbers is bad only where the operand the graph did not keep is
         enters = family(node.name()) in ("add", "sub", "rsub") and any(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from divergence_probe.observe.forensics.graph import Range, finite
+from divergence_probe.observe.forensics.backward import risky
+from divergence_probe.observe.forensics.graph import Graph, Range, finite
 from divergence_probe.observe.tensors import physical
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ Names = Callable[[Sequence[Tensor]], Sequence[tuple[int, str]]]
 
 # Weights or gradients beyond this were on their way out before any operation failed.
 _EXPLODED = 1e6
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def given(inputs: Inputs) -> Sequence[Tensor]:
@@ -69,16 +68,24 @@ class LastStep:
     Attributes:
         bad_gradients: layers whose gradient was not finite.
         bad_weights: layers whose weights are not finite after it.
-        half: whether a gradient is of half precision, where a scaler may expect overflows.
         values: weights and gradients before it.
         dtype: of the first bad weight.
     """
 
     bad_gradients: tuple[str, ...]
     bad_weights: tuple[str, ...]
-    half: bool
     values: Range
     dtype: str
+
+    def overflows(self, graph: Graph) -> bool:
+        """Whether its gradient can only have left the range of float16.
+
+        (A scaler skips such steps: then no weights are bad.)
+
+        Args:
+            graph: of the next loss, by the same code.
+        """
+        return self.dtype == "float16" and not risky(graph)
 
 
 def last_step(task: Task) -> LastStep | None:
@@ -101,7 +108,6 @@ def last_step(task: Task) -> LastStep | None:
     return LastStep(
         layers_of(known, bad),
         layers_of(known, worse),
-        any(g.dtype in _HALF for g in gradients),
         Range.of((*before, *gradients)),
         parameters[worse[0]].dtype if worse else "",
     )

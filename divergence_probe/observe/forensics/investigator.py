@@ -376,14 +376,14 @@ class Investigator:
         step = last_step(window.task)
         if step is None:
             return
-        if step.bad_gradients:
-            if not step.half:
-                self._suspect(graph, step.bad_gradients, window)
-                self._reporter.latest_was_before(window)
-        elif step.bad_weights:
-            fault = Fault("update", "update", "update", step.values, step.dtype)
+        if step.bad_gradients and not step.overflows(graph):
+            self._suspect(graph, step.bad_gradients, window)
+            self._reporter.latest_was_before(window)
+        elif step.bad_gradients or step.bad_weights:
+            phase, what = ("backward", "gradient") if step.bad_gradients else ("update", "update")
+            fault = Fault(phase, what, what, step.values, step.dtype)
             fault.line, fault.step = window.site, window.task.steps - 1
-            fault.layers = step.bad_weights
+            fault.layers = step.bad_gradients or step.bad_weights
             self._reporter.found(fault, window, None)
 
     def _belongs(self, window: Window, task: Task | None) -> None:
