@@ -12,6 +12,8 @@ from divergence_probe.diagnosis.normalization import NormalizationLayers
 from divergence_probe.diagnosis.worst_task import WorstTask
 from divergence_probe.record.schema import FLAGS, SUPPORT, Array, Block, Flags
 
+_EDGE = 2.0  # step size x curvature from which on steps grow
+
 
 class Collector:
     """Small running state over any number of blocks.
@@ -55,12 +57,24 @@ class Collector:
         if len(rates):
             extremes = [*self._rates, float(rates.min()), float(rates.max())]
             self._rates = [min(extremes), max(extremes)]
-        finite = scalars["instability"][np.isfinite(scalars["instability"])]
-        if len(finite):
-            self._instability = float(np.fmax(self._instability, finite.max()))
+        self._steps_may_grow(block, support)
         self._losses(block, support)
         self._norms.feed(block, support)
         self._layers.feed(block, support)
+
+    def _steps_may_grow(self, block: Block, support: Flags) -> None:
+        """The largest step size x curvature; beyond the edge where loss and gradient grew, too.
+
+        (Where momentum or another batch turns the slope round, it says nothing of the step.)
+        """
+        product, loss = block.scalars["instability"], block.scalars["loss"]
+        with np.errstate(all="ignore"):
+            gradient = np.square(np.fmax(block.parameters["gradient_norm"], 0.0)).sum(1)
+            before = block.by_task.previous(support)
+            grew = (before >= 0) & (loss > loss[before]) & (gradient > gradient[before])
+        counted = np.isfinite(product) & (grew | (product <= _EDGE))
+        if counted.any():
+            self._instability = float(np.fmax(self._instability, product[counted].max()))
 
     def _events(self, block: Block) -> None:
         for event in block.events_of("task-start"):

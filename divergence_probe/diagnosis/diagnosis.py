@@ -114,7 +114,8 @@ class Health:
     Attributes:
         largest_growth: largest ratio of a parameter's norm after a task to before it.
         largest_growth_layer: whose.
-        instability_margin: largest step size x curvature seen (2 is the edge), or None.
+        instability_margin: largest step size x curvature seen (2 is the edge; beyond it, of steps
+            over which loss and gradient grew), or None.
         running_statistics_distance: largest BN mean distance while in eval mode, or None.
         support_loss: mean support loss at a task's first and last step, or None.
     """

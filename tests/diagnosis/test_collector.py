@@ -53,3 +53,21 @@ def test_growth_is_of_the_weights_that_have_a_size() -> None:
     health = collected(inner(norm_before=[10, 0, 0.1], norm_after=[11, 5, 9])).health()
 
     assert (health.largest_growth, health.largest_growth_layer) == (pytest.approx(1.1), "w")
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "margin"),
+    [(2.0, 3.0, 5.0), (0.5, 3.0, 0.4), (2.0, 0.5, 0.4)],
+)
+def test_a_step_is_beyond_the_edge_where_something_grew(
+    loss: float, gradient: float, margin: float
+) -> None:
+    """Momentum that is turned round near the bottom has a large quotient, and no consequence."""
+    collector = Collector()
+    steps = [
+        inner(step=0, loss=1.0, gradient_norm=1.0, instability=0.4),
+        inner(step=1, loss=loss, gradient_norm=gradient, instability=5.0),
+    ]
+    collector.feed(make(*steps))
+
+    assert collector.health().instability_margin == margin
