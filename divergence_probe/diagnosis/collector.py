@@ -9,10 +9,9 @@ import numpy as np
 from divergence_probe.diagnosis.diagnosis import BatchNormRow, Health, NormTrace, Summary
 from divergence_probe.diagnosis.layers import WatchedLayers
 from divergence_probe.diagnosis.normalization import NormalizationLayers
+from divergence_probe.diagnosis.stability_margin import StabilityMargin
 from divergence_probe.diagnosis.worst_task import WorstTask
 from divergence_probe.record.schema import FLAGS, SUPPORT, Array, Block, Flags
-
-_EDGE = 2.0  # step size x curvature from which on steps grow
 
 
 class Collector:
@@ -33,7 +32,7 @@ class Collector:
         self._rates: list[float] = []
         self._norms = WorstTask()
         self._layers = NormalizationLayers()
-        self._instability = math.nan
+        self._margin = StabilityMargin()
         self._first_losses = _Mean()
         self._last_losses = _Mean()
         self._unseen = 0
@@ -57,24 +56,10 @@ class Collector:
         if len(rates):
             extremes = [*self._rates, float(rates.min()), float(rates.max())]
             self._rates = [min(extremes), max(extremes)]
-        self._steps_may_grow(block, support)
+        self._margin.feed(block, support)
         self._losses(block, support)
         self._norms.feed(block, support)
         self._layers.feed(block, support)
-
-    def _steps_may_grow(self, block: Block, support: Flags) -> None:
-        """The largest step size x curvature; beyond the edge where loss and gradient grew, too.
-
-        (Where momentum or another batch turns the slope round, it says nothing of the step.)
-        """
-        product, loss = block.scalars["instability"], block.scalars["loss"]
-        with np.errstate(all="ignore"):
-            gradient = np.square(np.fmax(block.parameters["gradient_norm"], 0.0)).sum(1)
-            before = block.by_task.previous(support)
-            grew = (before >= 0) & (loss > loss[before]) & (gradient > gradient[before])
-        counted = np.isfinite(product) & (grew | (product <= _EDGE))
-        if counted.any():
-            self._instability = float(np.fmax(self._instability, product[counted].max()))
 
     def _events(self, block: Block) -> None:
         for event in block.events_of("task-start"):
@@ -149,7 +134,7 @@ class Collector:
         return Health(
             largest_growth=self._norms.growth if self._norms.layer else None,
             largest_growth_layer=self._norms.layer,
-            instability_margin=None if math.isnan(self._instability) else self._instability,
+            instability_margin=None if math.isnan(self._margin.value) else self._margin.value,
             running_statistics_distance=self._layers.distance(),
             support_loss=(first, last) if first is not None and last is not None else None,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from divergence_probe.record.schema import QUERY, SUPPORT, Array, Flags
 from divergence_probe.rules.base import Frame, Rule, TaskFacts
-from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import farness
 from divergence_probe.thresholds import Thresholds
 
@@ -62,6 +62,8 @@ class ModesDiffer(Rule):
         self._waiting: list[Finding] = []
         # of tasks before the first outer step, that began on untrained statistics
         self._fresh: list[Finding] | None = []
+        # by rank and mode: where it was last switched to
+        self._switched: dict[tuple[int, str], str] = {}
         self._begun_trained = False  # whether a later task began on trained statistics
         self._queries_trained = False
 
@@ -76,6 +78,20 @@ class ModesDiffer(Rule):
             self._note_queries(frame, taken)
         for task in frame.block.ended if self._untrained else ():
             self._untrained.discard((frame.block.rank, task))
+        for event in frame.events("mode"):
+            if event.site:
+                self._switched[frame.block.rank, str(event.data.get("mode"))] = event.site
+
+    def _switch_to(self, frame: Frame, row: int, mode: str) -> tuple[Mark, ...]:
+        """The line that switched to the mode a row ran in."""
+        until = frame.block.scalars["seconds"][row]
+        sites = [
+            event.site
+            for event in frame.events("mode")
+            if event.seconds <= until and event.data.get("mode") == mode and event.site
+        ]
+        site = sites[-1] if sites else self._switched.get((frame.block.rank, mode))
+        return (Mark(site, f"{mode} mode from here on"),) if site else ()
 
     def _note_queries(self, frame: Frame, taken: Flags) -> None:
         """Whether the queries since the last outer step are trained on."""
@@ -188,7 +204,7 @@ class ModesDiffer(Rule):
         entry[1].append(layer)
 
     def _describe(self, frame: Frame, row: int, layers: list[str], was: str, now: str) -> Finding:
-        return self.at(
+        finding = self.at(
             frame,
             row,
             f"{frame.called(layers[:1])} ran in {was} mode on the support set and in {now} mode "
@@ -200,6 +216,7 @@ class ModesDiffer(Rule):
             fix="Use one mode for support and query; call .train()/.eval() on the fast model "
             "itself, once, before the inner loop.",
         )
+        return replace(finding, marks=(*self._switch_to(frame, row, now), *finding.marks))
 
 
 def _may_differ(frame: Frame, modes: Array, called: Flags) -> Flags:
