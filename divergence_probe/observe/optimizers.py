@@ -295,8 +295,8 @@ class Optimizers:
             if by_hand and task.known is step.known:
                 session.confirm(task)  # what moved this base by hand were inner loops
         latest = self._targets.adapted_by_others(step.optimizer, step.parameters)
-        if latest is not None:
-            session.confirm(latest)
+        if latest is not None and step.known not in session.unrolled:
+            session.confirm(latest)  # (else its tasks are copies, and it was trained before them)
         loops.tasks.end_task()
         loops.tasks.outer_step(step.known)
         self._tasks.outer_step()

@@ -252,3 +252,31 @@ def test_a_query_through_steps_that_nobody_uses_is_no_unused_step() -> None:
     diagnosis = probe.diagnosis.to_dict()
     assert diagnosis["root_cause"]["cause"] == "no-meta-gradient"
     assert "LR004" not in {found["rule"] for found in diagnosis["findings"]}
+
+
+def test_a_base_that_was_trained_before_its_copies_are_adapted() -> None:
+    """Ordinary training by another optimizer, and no task: those are the copies'."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    first, outer = (torch.optim.SGD(net.parameters(), lr=0.01) for _ in range(2))
+
+    with divergence_probe.attach(net) as probe:
+        for _ in range(20):
+            first.zero_grad()
+            net(torch.randn(8, 4)).square().mean().backward()
+            first.step()
+        for _ in range(ROUNDS):
+            x, weights = torch.randn(8, 4), dict(net.named_parameters())
+            for _ in range(STEPS):
+                loss = torch.func.functional_call(net, weights, (x,)).square().mean()
+                slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                weights = {
+                    n: w - 0.1 * s for (n, w), s in zip(weights.items(), slopes, strict=True)
+                }
+            outer.zero_grad()
+            torch.func.functional_call(net, weights, (x,)).square().mean().backward()
+            outer.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS
