@@ -224,12 +224,15 @@ class HardClipping(Rule):
         super().__init__(thresholds)
         self._seen = {False: 0, True: 0}
         self._active = {False: 0, True: 0}
+        self._taken = {False: 0, True: 0}  # (a known loop's clipping is not looked at every time)
         self._first: dict[bool, Finding] = {}
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """Count; inner and outer steps apart."""
         clippable = frame.flagged("clippable", "clipped")
         active = frame.flagged("clipped")
+        for outer, rows in ((False, frame.support), (True, frame.outer)):
+            self._taken[outer] += int(rows.sum())
         if not clippable.any():
             return iter(())
         for outer, rows in ((False, frame.support), (True, frame.outer)):
@@ -247,8 +250,9 @@ class HardClipping(Rule):
             if seen < self._FEWEST or active / seen < self.thresholds["clipped-share"]:
                 continue
             where = "outer" if outer else "inner"
+            looked = " looked at" if seen < self._taken[outer] else ""
             yield self.finding(
-                f"clipping was active in {active} of {seen} {where} steps",
+                f"clipping was active in {active} of {seen} {where} steps{looked}",
                 task=first.task,
                 step=first.step,
                 phase=first.phase,
