@@ -12,6 +12,7 @@ CELLS = {str(cell): cell for cell in coverage_matrix.cells()}
 MAY_BE_INCOMPLETE = (
     "by hand: through numpy",
     "by hand: tasks of unequal length",
+    "torch.func: `vmap` over tasks, gradient inside",
 )
 
 

@@ -43,7 +43,7 @@ class WorstTask:
             if key in self._current:
                 start[number] = self._current[key][0]
         last = block.by_task.last(support)[positions]
-        growth, worst = _growth(start, block.parameters["norm_after"][last])
+        growth, worst = _growth(start, _end(block, last))
         for number, key in enumerate(keys):
             worse = growth[number] > self.growth or self._task in (None, key)
             if worse or key[1] not in block.ended:
@@ -75,6 +75,8 @@ class WorstTask:
         if self._task is None:
             return ()
         table = np.stack(self._norms)
+        seen = np.flatnonzero((table != MISSING).any(1))
+        table = table[: seen[-1] + 1] if len(seen) else table  # (a last step may not be seen)
         table = np.where(table == MISSING, np.nan, table)
         return tuple(
             NormTrace(
@@ -90,6 +92,12 @@ def _first(norms: Array) -> int | None:
         over = (norms[1:] >= 2 * norms[:-1]) & (norms[:-1] > 0) | ~np.isfinite(norms[1:])
     hits = np.flatnonzero(over)
     return int(hits[0]) if len(hits) else None
+
+
+def _end(block: Block, last: Numbers) -> Array:
+    """Norms after each task's ``last`` row; before it, where it is not known what that made."""
+    before, after = block.parameters["norm_before"][last], block.parameters["norm_after"][last]
+    return np.where((after == MISSING).all(1)[:, None], before, after)
 
 
 def _growth(start: Array, end: Array) -> tuple[list[float], list[int]]:

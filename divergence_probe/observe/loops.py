@@ -414,12 +414,9 @@ class Loops:
             pending.learned.steps = pending.learned.previous_steps = None
             nothing: list[Tensor | None] = [None] * len(pending.inputs)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
-        elif pending.escaped:
+        elif pending.escaped or (pending.learned.unmaps and not any(pending.candidates)):
             nothing = [None] * len(pending.inputs)
-            self._session.unseen(
-                "An update left torch (.numpy()) or was compiled: the weights after a task's last "
-                "step were not seen. Keep the update in eager torch operations to see them."
-            )
+            self._session.unseen(_ESCAPED if pending.escaped else _UNMAPPED)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
         else:
             self.tasks.not_a_step(pending)
@@ -451,6 +448,17 @@ class Loops:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
         if self._thread.follower is not None:
             self._thread.follower.stop()
+
+
+_NOT_SEEN = "the weights after a task's last step were not seen."
+_ESCAPED = (
+    f"An update left torch (.numpy()) or was compiled: {_NOT_SEEN} Keep the update in eager torch "
+    "operations to see them."
+)
+_UNMAPPED = (
+    f"Gradients of many tasks left the vmap they were taken in: {_NOT_SEEN} Make the update inside "
+    "of the vmap to see them."
+)
 
 
 def _is_mapped(pending: Pending, latest: Task | None, output: Tensor | None) -> bool:

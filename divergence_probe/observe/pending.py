@@ -50,6 +50,7 @@ class Learned:
         flags: ``schema.FLAGS`` that hold of every step here.
         disturbs: whether weights were put back before the step here, as they were only disturbed.
         discards: whether an update was thrown away here: each is followed to its first use.
+        unmaps: whether gradients of many tasks leave the vmap here, and the update is made outside.
     """
 
     candidates: list[int] | None = None
@@ -67,6 +68,7 @@ class Learned:
     flags: int = 0
     disturbs: bool = False
     discards: bool = False
+    unmaps: bool = False
 
     @property
     def is_known_by_heart(self) -> bool:

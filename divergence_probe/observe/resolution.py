@@ -242,12 +242,33 @@ def _as_the_others(
     return _Choice(position, candidates[position].tensor(), candidates[position].value, False)
 
 
+def _left_its_map(pending: Pending, following: Sequence[Tensor]) -> bool:
+    """Whether gradients of many tasks left the vmap they were taken in, and came back in weights.
+
+    Outside they are other tensors, which nothing ties to those inside; each task has its own
+    weights by then. (Gradients of single samples are of the same weights each time.)
+    """
+    if pending.width == 1 or any(pending.candidates):
+        return False
+    own = all(physical(tensor)[1] == pending.width for tensor in following)
+    moved = any(
+        address_of(tensor) != value.data_ptr()
+        for tensor, value in zip(following, pending.before, strict=True)
+    )
+    if own and moved and all(base_of(tensor) is None for tensor in following):
+        pending.learned.unmaps = True
+        return True
+    return False
+
+
 def _continues(pending: Pending, following: Sequence[Tensor], models: Models) -> bool:
     """Whether what the next gradient is taken of can only be this update's result.
 
     Used where nothing was followed (the middle of a task of known length) or the update left torch.
     """
-    if len(following) != len(pending.inputs) or (pending.followed and not pending.escaped):
+    if len(following) != len(pending.inputs):
+        return False
+    if pending.followed and not (pending.escaped or _left_its_map(pending, following)):
         return False
     for tensor, shape in zip(following, shapes_of(pending.before), strict=True):
         own = physical(tensor)[0].shape

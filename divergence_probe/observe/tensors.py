@@ -190,8 +190,11 @@ IDENTITIES = frozenset(
 
 
 def base_of(tensor: Tensor, depth: int = 3) -> Tensor | None:
-    """The leaf a non-leaf parameter was cloned from, if a few identity-like steps lead to one."""
-    node: Any = tensor.grad_fn
+    """The leaf a non-leaf parameter was cloned from, if a few identity-like steps lead to one.
+
+    (Inside a vmap: which it was expanded from outside, once for each task.)
+    """
+    node: Any = plain(tensor).grad_fn
     for _ in range(depth):
         if node is None:
             return None

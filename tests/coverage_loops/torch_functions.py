@@ -91,8 +91,8 @@ def _reference(notes: Notes, net: Net, xs: Tensor, ys: Tensor) -> None:
 class Vmapped:
     """Tasks side by side in one vmap; the truth is noted before the probe is attached."""
 
-    def __init__(self, whole_loop: bool) -> None:
-        self._whole_loop = whole_loop
+    def __init__(self, inside: str) -> None:
+        self._inside = inside
 
     def prepare(self, notes: Notes) -> None:
         """Run every task by itself."""
@@ -106,8 +106,11 @@ class Vmapped:
         net = self.net
         start: Weights = dict(net.named_parameters())
 
+        def slopes(fast: Weights, x: Tensor, y: Tensor) -> Weights:
+            return grad(lambda weights: _loss(net, weights, x, y))(fast)  # type: ignore[no-any-return]
+
         def step(fast: Weights, x: Tensor, y: Tensor) -> Weights:
-            gradients = grad(lambda weights: _loss(net, weights, x, y))(fast)
+            gradients = slopes(fast, x, y)
             return {name: p - RATE * gradients[name] for name, p in fast.items()}
 
         def adapt(x: Tensor, y: Tensor) -> Tensor:
@@ -116,12 +119,16 @@ class Vmapped:
                 fast = step(fast, x, y)
             return _loss(net, fast, x, y)
 
-        if self._whole_loop:
+        if self._inside == "loop":
             vmap(adapt)(self.xs, self.ys).mean().backward()
             return
         fast = {name: p.expand(3, *p.shape) for name, p in start.items()}
         for _ in range(STEPS):
-            fast = vmap(step)(fast, self.xs, self.ys)
+            if self._inside == "step":
+                fast = vmap(step)(fast, self.xs, self.ys)
+                continue
+            gradients = vmap(slopes)(fast, self.xs, self.ys)
+            fast = {name: p - RATE * gradients[name] for name, p in fast.items()}
         vmap(partial(_loss, net))(fast, self.xs, self.ys).mean().backward()
 
 
@@ -138,6 +145,7 @@ def cells() -> list[tuple[str, str, str, Any]]:
         (style, "second", "by hand", partial(_outer, adapt=adapt))
         for style, adapt in styles.items()
     ]
-    found.append(("`vmap` over tasks, loop inside", "second", "by hand", Vmapped(True)))
-    found.append(("`vmap` over tasks, step inside", "second", "by hand", Vmapped(False)))
+    for inside in ("loop", "step", "gradient"):
+        style = f"`vmap` over tasks, {inside} inside"
+        found.append((style, "second", "by hand", Vmapped(inside)))
     return found

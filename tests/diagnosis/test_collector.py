@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from divergence_probe.diagnosis.collector import Collector
+from divergence_probe.record.schema import MISSING
 from tests.rules.blocks import Row, evaluated, inner, make, query, train
 
 
@@ -71,3 +72,16 @@ def test_a_step_is_beyond_the_edge_where_something_grew(
     collector.feed(make(*steps))
 
     assert collector.health().instability_margin == margin
+
+
+def test_a_last_step_that_was_not_seen_is_neither_growth_nor_a_norm() -> None:
+    collector = Collector()
+    steps = [
+        inner(step=0, norm_before=1.0, norm_after=1.5),
+        inner(step=1, norm_before=1.5, norm_after=MISSING),
+    ]
+    collector.feed(make(*steps))
+
+    assert collector.health().largest_growth == pytest.approx(1.5)
+    assert collector.norms()[0].norms == (1.0, 1.5)
+    assert collector.norms()[0].first_to_grow is None
