@@ -15,10 +15,32 @@ from divergence_probe.rules.finding import Finding, Mark, Severity
 from divergence_probe.rules.quantities import known, whole
 from divergence_probe.thresholds import Thresholds
 
+_TELLING = 3  # outer steps
 _CLIPPED = (
     "clipping made it zero, for its norm had overflowed",
     "torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0, error_if_nonfinite=True)",
 )
+
+
+class _Partly:
+    """Which parameters of a layout outer steps hold and have no gradient for.
+
+    Attributes:
+        adapted: ``[P]`` whether a task has moved it.
+        left_out: ``[P]`` whether every outer step held it and had none for it, but for another.
+        steps: outer steps that had a gradient for some.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self._names = [info.name for info in frame.block.layout.parameters]
+        self.adapted = np.zeros(len(self._names), bool)
+        self.left_out = np.ones(len(self._names), bool)
+        self.steps = 0
+
+    def names(self) -> list[str]:
+        """Those that are both, once some outer steps have told."""
+        both = np.flatnonzero(self.adapted & self.left_out)
+        return [self._names[place] for place in both] if self.steps >= _TELLING else []
 
 
 class NoMetaGradient(Rule):
@@ -28,7 +50,8 @@ class NoMetaGradient(Rule):
     At each outer step, looks at the gradients of the base's parameters; where all are absent (or
     exactly zero although the queries had a gradient, and no backward put them there), says which of
     the known reasons it is. At the end, names other optimizers that stepped and never had a
-    gradient (a warning): of the weights of samples, say.
+    gradient (a warning): of the weights of samples, say. And (a remark, for they may be meant to
+    begin anew) parameters that tasks adapt and outer steps hold, and never have a gradient for.
 
     ## Why it is bad
     Meta-training does nothing. The outer optimizer steps without a gradient, silently.
@@ -58,6 +81,7 @@ class NoMetaGradient(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._last: dict[str, object] = {}
+        self._partly: dict[int, _Partly] = {}  # by layout
         # since the outer step before: the largest gradient of a query, and of a task's last step
         self._query = self._support = math.nan
 
@@ -83,8 +107,37 @@ class NoMetaGradient(Rule):
             if self._last and (absent or (self._was_there() and not arrived)):
                 yield from self._describe(frame, row)
         self._note(frame, begins[-1], len(frame.block))
+        self._note_partly(frame, steps)
         if self._last:
             yield from self._idle(frame)
+
+    def finish(self) -> Iterator[Finding]:
+        """What tasks adapt and no outer step ever had a gradient for."""
+        for partly in self._partly.values():
+            names = partly.names()
+            if names:
+                yield self.finding(
+                    f"{partly.steps} outer steps had no gradient for {', '.join(names[:3])}"
+                    f"{' …' if len(names) > 3 else ''}, which tasks adapt, and had one for others",
+                    severity=Severity.INFO,
+                    phase="outer",
+                    evidence={"parameters": float(len(names))},
+                    fix="fast = fast - lr * g   # no .data, no detach(), if their start is learned",
+                )
+
+    def _note_partly(self, frame: Frame, steps: npt.NDArray[np.intp]) -> None:
+        """Note which parameters tasks adapt, and which of those outer steps leave out."""
+        if not len(frame.block):
+            return
+        index, columns = frame.block.layout.index, frame.block.parameters
+        partly = self._partly.setdefault(index, _Partly(frame))
+        partly.adapted |= (columns["update_norm"][frame.support] > 0).any(0)
+        steps = steps[~frame.flagged("incomplete")[steps]]
+        gradients = columns["gradient_norm"][steps]
+        fed = (gradients > 0).any(1)
+        partly.steps += int(fed.sum())
+        left_out = (gradients[fed] == MISSING) & (columns["norm_before"][steps][fed] != MISSING)
+        partly.left_out &= left_out.all(0)
 
     def _idle(self, frame: Frame) -> Iterator[Finding]:
         """Optimizers beside the base's: of a weighting of samples, of learned rates, say."""

@@ -84,6 +84,22 @@ def test_a_gradient_for_some_parameters_or_nothing_adapted_yet():
     assert silent("MG001", make(NOTHING))
 
 
+def partly(outer_gradient, inner_update, steps=3):
+    moved = inner(update_norm=inner_update)
+    rows = [row for _ in range(steps) for row in (moved, outer(gradient_norm=outer_gradient))]
+    return make(*rows, events=[start()])
+
+
+def test_a_parameter_that_tasks_adapt_and_no_outer_step_has_a_gradient_for():
+    finding = one("MG001", partly([1.0, MISSING, 1.0], [1.0, 1.0, 0.0]))
+
+    assert finding.severity is Severity.INFO and "3 outer steps" in finding.message
+    assert silent("MG001", partly([1.0, MISSING, 1.0], [1.0, 0.0, 1.0]))  # it is not adapted
+    assert silent("MG001", partly([1.0, MISSING, 1.0], 1.0, steps=2))
+    once = make(outer(gradient_norm=1.0), events=[start()])
+    assert silent("MG001", once, partly([1.0, MISSING, 1.0], 1.0))
+
+
 def unrolled(meta, row=second_order):
     steps = [row(inner(0, step, gradient_norm=[1, 0, 0])) for step in range(3)]
     return make(*steps, outer(gradient_norm=[meta, 0, 0]), events=[start()])
