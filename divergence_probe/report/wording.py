@@ -174,7 +174,7 @@ def raised(diagnosis: Diagnosis) -> str:
     error = diagnosis.exception
     if error is None:
         return ""
-    where = "inside an inner loop" if error.inner_loop else "outside any inner loop"
+    where = "inside an inner loop" if error.inner_loop else "where no inner loop was seen"
     return f"{error.type} raised {where}" + (f": {error.message}" if error.message else "")
 
 
