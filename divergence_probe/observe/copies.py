@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from divergence_probe.observe.at_hand import are_same, worth_a_wait
 from divergence_probe.observe.patching import Patches
@@ -26,7 +27,9 @@ _STATES = 8
 def install(patches: Patches, session: Session) -> None:
     """Watch deep copies of models and of parameters, and ``load_state_dict``."""
     # (Not at deepcopy itself, which every number in a list goes through.)
-    patches.add_attribute(nn.Module, "__deepcopy__", _module(session))
+    ours = _module(session)
+    patches.add_attribute(nn.Module, "__deepcopy__", ours)
+    patches.swap_code(parametrize._inject_new_class, lambda original: _without_ours(ours, original))
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
@@ -37,6 +40,25 @@ def install(patches: Patches, session: Session) -> None:
     patches.set_attribute(
         nn.Module, "load_state_dict", lambda original: _load(session, states, original)
     )
+
+
+def _without_ours(ours: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch see whether a module that it parametrizes has a ``__deepcopy__`` of its own.
+
+    One that has none is given one then, for good; its class may not be pickled.
+    """
+
+    def _inject_new_class(*args: Any, **kwargs: Any) -> Any:
+        hidden = vars(nn.Module).get("__deepcopy__") is ours
+        if hidden:
+            delattr(nn.Module, "__deepcopy__")  # noqa: B043 - mypy knows of none
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if hidden:
+                setattr(nn.Module, "__deepcopy__", ours)  # noqa: B010
+
+    return _inject_new_class
 
 
 class _Copying(threading.local):

@@ -156,6 +156,7 @@ class InPlaceTasks:
         for task in self._open():
             if task.known is step.known:
                 self._finish(task)
+        self._session.loose.forwards.take()  # what is left ran before this task, and is none's
         base = step.base
         self.adapted.update(
             t.known for t in self._nesting.tasks if t.base is None and not t.provisional

@@ -57,8 +57,10 @@ class Targets:
             pending: the gradient it acts on, None where that was handed to it.
         """
         moved = self._base_of(parameters)
-        if moved is None or self._trains(optimizer, moved[0], pending):
+        if moved is None:
             return self._identify(optimizer, parameters, pending)
+        if self._trains(optimizer, moved[0], pending):
+            return self._identify(optimizer, parameters, pending, trains=True)
         known, places = moved
         handed = pending is None or not pending.reached(parameters)
         if handed and optimizer not in self._tasks.of:
@@ -85,22 +87,30 @@ class Targets:
         """Whether a base is adapted in place (or just trained), though its tasks are copies.
 
         It is stepped by a gradient of its own weights, as it is in an outer step (DARTS, say). But
-        it was adapted in place before, or steps again and no task began in between.
+        it was adapted in place before, or steps again and no task began in between. A base that
+        tasks were differentiated back to has an outer optimizer: then another one does that.
         """
-        if pending is None or known in self._session.unrolled:
+        session = self._session
+        if pending is None or self._in_turn.was_outer(optimizer, known):
             return False
-        if known not in self._tasks.adapted and known not in self._session.just_stepped:
+        if known in session.unrolled and (
+            not session.outer_optimizers or optimizer in session.outer_optimizers
+        ):
             return False
-        if self._in_turn.was_outer(optimizer, known):
+        if known not in self._tasks.adapted and known not in session.just_stepped:
             return False
         return pending.reached(t for r in known.parameters if (t := r()) is not None)
 
     def _identify(
-        self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
+        self,
+        optimizer: Any,
+        parameters: list[Tensor],
+        pending: Pending | None,
+        trains: bool = False,
     ) -> Target:
-        """What parameters are that no base is known to have."""
+        """What parameters are that no base is known to have, or that one adapts (``trains``)."""
         session = self._session
-        if any(map(session.models.begun, parameters)):
+        if not trains and any(map(session.models.begun, parameters)):
             known, positions = self._named(parameters)
             return Target(parameters, known, positions, None, outer=True)
         if self._goes_through_tasks(optimizer, parameters, pending):

@@ -10,6 +10,7 @@ import numpy as np
 from divergence_probe.record.schema import Array, Flags
 from divergence_probe.rules.base import Frame, Rule
 from divergence_probe.rules.finding import Finding, Severity
+from divergence_probe.rules.quantities import whole
 from divergence_probe.rules.usual_loss import LITTLE, UsualLoss
 from divergence_probe.thresholds import Thresholds
 
@@ -27,8 +28,10 @@ class NormExplosion(Rule):
     are measured against the median of all. A decade counts where the loss does not get below the
     task's first (nor above it, where steps go up its gradient); three decades count always, of
     weights that begin next to nothing (below 0.01, root mean square) and end where they are meant
-    to, from there on. A task's only step from weights next to nothing to weights below 1 counts
-    where the query's loss is a decade above the first.
+    to, from there on. None counts where every step lowers the loss and is shorter than the one
+    before: the task ends where it goes (to targets of another scale, say). A task's only step from
+    weights next to nothing to weights below 1 counts where the query's loss is a decade above the
+    first.
 
     ## Why it is bad
     An inner loop is meant to adapt weights, not to replace them: healthy tasks move a trained
@@ -66,6 +69,7 @@ class NormExplosion(Rule):
             spared = meant[:, None] | _has_no_scale(frame, grown)
             over = growth >= np.where(spared, bounds[1], bounds[0])
             over &= ~meant[:, None] | (_from_next_to_nothing(frame, growth) >= bounds[1])
+            over &= ~_converges(frame, np.asarray(over.any(1)))[:, None]
         for row in frame.first_rows(np.asarray(over.any(1))):
             yield self._describe(frame, row, over, growth)
 
@@ -99,6 +103,21 @@ class NormExplosion(Rule):
                 "growth_at_step": float(np.nanmax(growth[row])),
             },
         )
+
+
+def _converges(frame: Frame, chosen: Flags) -> Flags:
+    """``[S]`` tasks with a ``chosen`` row whose steps all lower the loss, and grow shorter.
+
+    Far as they go, to weights of another scale, it is there that they end.
+    """
+    loss, length = frame.block.scalars["loss"], whole(frame, "update_norm")
+    settles = np.zeros(len(frame.by_task), dtype=bool)
+    for position in np.flatnonzero(frame.by_task.any(chosen)).tolist():
+        rows = frame.by_task.rows(position)
+        rows = rows[frame.support[rows]]
+        falls = len(rows) > 1 and (np.diff(loss[rows]) < 0).all()
+        settles[position] = falls and (np.diff(length[rows]) <= 0).all()
+    return np.asarray(settles[frame.by_task.of_row])
 
 
 def _sizes(frame: Frame) -> Array:

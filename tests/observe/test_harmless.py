@@ -464,3 +464,18 @@ def test_a_model_that_copies_itself_part_by_part_keeps_its_names():
         made = copy.deepcopy(net)
         models = probe._current()._session.models
     assert models.copied_name(made.body[1]) == "body.1"
+
+
+def test_parametrized_modules_are_copied_as_without_the_probe() -> None:
+    """Torch gives them a ``__deepcopy__`` where they have none: it must not see ours."""
+    plain = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with divergence_probe.attach():
+        made = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+        copies = [copy.deepcopy(module) for module in (plain, made)]
+        assert "__deepcopy__" in vars(nn.Module)
+    copies.append(copy.deepcopy(made))
+
+    assert "__deepcopy__" not in vars(nn.Module)
+    assert vars(type(made)).keys() == vars(type(plain)).keys()
+    for module, copied in zip((plain, made, made), copies, strict=True):
+        assert torch.equal(copied.weight, module.weight)

@@ -280,3 +280,34 @@ def test_a_base_that_was_trained_before_its_copies_are_adapted() -> None:
     summary = probe.diagnosis.summary
     assert (summary.tasks, summary.inner_steps) == (ROUNDS, ROUNDS * STEPS)
     assert summary.outer_steps == ROUNDS
+
+
+def test_a_base_that_is_adapted_in_place_once_it_is_trained() -> None:
+    """Meta-training makes new weights; meta-test steps the net itself, put back for each task."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    outer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    with divergence_probe.attach(net) as probe:
+        for _ in range(ROUNDS):
+            x, weights = torch.randn(8, 4), dict(net.named_parameters())
+            for _ in range(STEPS):
+                loss = torch.func.functional_call(net, weights, (x,)).square().mean()
+                slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                moves = zip(weights.items(), slopes, strict=True)
+                weights = {name: weight - 0.1 * slope for (name, weight), slope in moves}
+            outer.zero_grad()
+            torch.func.functional_call(net, weights, (x,)).square().mean().backward()
+            outer.step()
+        trained = {name: value.clone() for name, value in net.state_dict().items()}
+        for _ in range(ROUNDS):
+            net.load_state_dict(trained)
+            x, inner = torch.randn(8, 4), torch.optim.SGD(net.parameters(), lr=0.1)
+            for _ in range(STEPS):
+                inner.zero_grad()
+                net(x).square().mean().backward()
+                inner.step()
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (2 * ROUNDS, 2 * ROUNDS * STEPS)
+    assert summary.outer_steps == ROUNDS

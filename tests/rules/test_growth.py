@@ -14,6 +14,7 @@ def grown(last, losses=(1.0, 2.0, 3.0), task=0):
         inner(
             task, step, loss=losses[step],
             norm_before=[norms[step], 1, 10], norm_after=[norms[step + 1], 1, 10],
+            update_norm=[norms[step + 1] - norms[step], 0, 0],
         )
         for step in range(3)
     ]  # fmt: skip
@@ -78,6 +79,22 @@ def test_of_a_single_step_the_query_tells(query, explodes):
 
 def test_three_decades_are_whatever_the_loss_does():
     assert one("NG001", make(*grown(1.1e4, losses=(3.0, 2.0, 1.0)))).step == 2
+
+
+def test_targets_of_another_scale_are_reached():
+    """Regression of values in the thousands, from weights as they are made by default."""
+    norms, losses = [0.5, 600.0, 1000.0, 1200.0], [3e6, 1e6, 4e5, 1e5]
+
+    def steps(losses):
+        return [
+            inner(0, step, loss=losses[step], norm_before=[norms[step], 1, 0.1],
+                  norm_after=[norms[step + 1], 1, 0.1],
+                  update_norm=[norms[step + 1] - norms[step], 0, 0])
+            for step in range(3)
+        ]  # fmt: skip
+
+    assert silent("NG001", make(*steps(losses)))
+    assert one("NG001", make(*steps([1e6, 3e6, 4e5])))  # it rose in between
 
 
 def test_a_zero_initialised_head_may_grow():
