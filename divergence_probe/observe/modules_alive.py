@@ -40,7 +40,8 @@ class ModulesAlive:
     def _find(self) -> list[nn.Module]:
         collections = _moves_to_the_oldest()
         if collections == self._collections:
-            young = _modules_among([*gc.get_objects(0), *gc.get_objects(1)])
+            # (one by one: a list that is being made is young itself, and must not hold itself)
+            young = _modules_among(gc.get_objects(0)) + _modules_among(gc.get_objects(1))
             if collections == _moves_to_the_oldest():
                 ids = set(map(id, young))
                 met = [m for r in self._met if (m := r()) is not None and id(m) not in ids]
