@@ -190,14 +190,18 @@ class InPlaceTasks:
         else:
             self._nesting.began(task, values, step.parameters, goes_on)
             self._reptile.began(task)
-        if step.pending is not None and step.known.model is None:
-            own = set(map(id, step.parameters))
-            reached = (t for r in step.pending.inputs if (t := r()) is not None)
-            self._session.models.note_beside(t for t in reached if id(t) not in own)
+        self._note_beside(step)
         others = all(step.known.position(parameter) is None for parameter in step.parameters)
         if base is None and others and not task.provisional:
             self._session.models.note_begun_alike(step.known)
         return task
+
+    def _note_beside(self, step: Step) -> None:
+        """Note what a task's first gradient reached beside its weights, where shapes name them."""
+        if step.pending is not None and step.known.model is None:
+            own = set(map(id, step.parameters))
+            reached = (t for r in step.pending.inputs if (t := r()) is not None)
+            self._session.models.note_beside(t for t in reached if id(t) not in own)
 
     def _unchanged(self, task: Task, step: Step) -> bool:
         if task.last is None:

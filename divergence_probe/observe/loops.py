@@ -43,6 +43,16 @@ from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import any_carries_graph, base_of, batched, leaves, physical
 from divergence_probe.record.schema import FLAGS
 
+_NOT_SEEN = "the weights after a task's last step were not seen."
+_ESCAPED = (
+    f"An update left torch (.numpy()) or was compiled: {_NOT_SEEN} Keep the update in eager torch "
+    "operations to see them."
+)
+_UNMAPPED = (
+    f"Gradients of many tasks left the vmap they were taken in: {_NOT_SEEN} Make the update inside "
+    "of the vmap to see them."
+)
+
 
 class Loops:
     """Follows every gradient call that no library adapter has claimed."""
@@ -448,17 +458,6 @@ class Loops:
         """Nothing of ours stays on the mode stack, not even where the probe failed half-way."""
         if self._thread.follower is not None:
             self._thread.follower.stop()
-
-
-_NOT_SEEN = "the weights after a task's last step were not seen."
-_ESCAPED = (
-    f"An update left torch (.numpy()) or was compiled: {_NOT_SEEN} Keep the update in eager torch "
-    "operations to see them."
-)
-_UNMAPPED = (
-    f"Gradients of many tasks left the vmap they were taken in: {_NOT_SEEN} Make the update inside "
-    "of the vmap to see them."
-)
 
 
 def _is_mapped(pending: Pending, latest: Task | None, output: Tensor | None) -> bool:

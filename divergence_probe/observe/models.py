@@ -152,7 +152,11 @@ class Models:
     def note_beside(self, tensors: Iterable[Tensor]) -> None:
         """Note leaves that a gradient reached together with the weights that it moves."""
         for tensor in tensors:
-            self._others[id(tensor)] = weakref.ref(tensor)
+            self._note_beside(tensor)
+
+    def _note_beside(self, tensor: Tensor) -> None:
+        key = id(tensor)
+        self._others[key] = weakref.ref(tensor, lambda _: self._others.pop(key, None))
 
     def are_beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> bool:
         """Whether nameless tensors are not those of a model of their shapes, but beside them."""
@@ -160,8 +164,7 @@ class Models:
             return False
         if any(known.position(tensor) is not None for tensor in tensors):
             return False
-        noted = (self._others.get(id(tensor)) for tensor in tensors)
-        return all(r is not None and r() is t for r, t in zip(noted, tensors, strict=True))
+        return are([self._others.get(id(tensor)) for tensor in tensors], tensors)
 
     def beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> KnownModel:
         """A model alike ``known``, for nameless tensors that live and move beside its own.

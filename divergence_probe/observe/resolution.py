@@ -62,6 +62,8 @@ def resolve(
         pending.learned.discards = True
         return Update([reference() for reference in pending.inputs], list(pending.before))
     continues = _continues(pending, following, models)
+    if continues and pending.followed and not pending.escaped:
+        pending.learned.unmaps = True
     tensors: list[Tensor | None] = []
     values: list[Tensor | None] = []
     certain = True
@@ -250,15 +252,10 @@ def _left_its_map(pending: Pending, following: Sequence[Tensor]) -> bool:
     """
     if pending.width == 1 or any(pending.candidates):
         return False
-    own = all(physical(tensor)[1] == pending.width for tensor in following)
-    moved = any(
+    return all(physical(tensor)[1] == pending.width for tensor in following) and any(
         address_of(tensor) != value.data_ptr()
         for tensor, value in zip(following, pending.before, strict=True)
     )
-    if own and moved and all(base_of(tensor) is None for tensor in following):
-        pending.learned.unmaps = True
-        return True
-    return False
 
 
 def _continues(pending: Pending, following: Sequence[Tensor], models: Models) -> bool:

@@ -135,7 +135,8 @@ class Targets:
         equal = self._equal_to_base(parameters)
         known, positions = equal or self._named(parameters)
         base = known if equal else copied[0] if copied is not None else None
-        moves_base = known in session.bases and not self._trains(optimizer, known, pending)
+        trains = trains or self._trains(optimizer, known, pending)
+        moves_base = known in session.bases and not trains
         by_optimizer = any(t.known is known and t.base is None for t in self._tasks.latest)
         moves_base |= known in session.adapted_by_hand and not by_optimizer
         if pending is None and base is None and any(p.grad is not None for p in parameters):

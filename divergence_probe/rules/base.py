@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any, ClassVar, TypeVar, cast
@@ -158,6 +158,11 @@ class Frame:
     def of_tasks(self, chosen: Flags) -> Flags:
         """``[S]`` all rows of the tasks that have a row of ``chosen`` (``[S]``)."""
         return self.by_task.any(chosen)[self.by_task.of_row]
+
+    def followed(self, tasks: Container[tuple[int, int]]) -> Flags:
+        """``[S]`` rows of tasks that are among ``tasks``: by rank, and number within the run."""
+        among = [(self.block.rank, task) in tasks for task in self.by_task.tasks]
+        return np.asarray(among, dtype=bool)[self.by_task.of_row]
 
     def first_rows(self, hit: Flags) -> Iterator[int]:
         """For every task with a hit row, the first such row.

@@ -81,7 +81,7 @@ class NoMetaGradient(Rule):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
         self._last: dict[str, object] = {}
-        self._partly: dict[int, _Partly] = {}  # by layout
+        self._partly: dict[tuple[int, int], _Partly] = {}  # by rank and layout
         # since the outer step before: the largest gradient of a query, and of a task's last step
         self._query = self._support = math.nan
 
@@ -113,13 +113,14 @@ class NoMetaGradient(Rule):
 
     def finish(self) -> Iterator[Finding]:
         """What tasks adapt and no outer step ever had a gradient for."""
-        for partly in self._partly.values():
+        for (rank, _), partly in self._partly.items():
             names = partly.names()
             if names:
                 yield self.finding(
                     f"{partly.steps} outer steps had no gradient for {', '.join(names[:3])}"
                     f"{' …' if len(names) > 3 else ''}, which tasks adapt, and had one for others",
                     severity=Severity.INFO,
+                    rank=rank,
                     phase="outer",
                     evidence={"parameters": float(len(names))},
                     fix="fast = fast - lr * g   # no .data, no detach(), if their start is learned",
@@ -127,10 +128,8 @@ class NoMetaGradient(Rule):
 
     def _note_partly(self, frame: Frame, steps: npt.NDArray[np.intp]) -> None:
         """Note which parameters tasks adapt, and which of those outer steps leave out."""
-        if not len(frame.block):
-            return
-        index, columns = frame.block.layout.index, frame.block.parameters
-        partly = self._partly.setdefault(index, _Partly(frame))
+        key, columns = (frame.block.rank, frame.block.layout.index), frame.block.parameters
+        partly = self._partly.setdefault(key, _Partly(frame))
         partly.adapted |= (columns["update_norm"][frame.support] > 0).any(0)
         steps = steps[~frame.flagged("incomplete")[steps]]
         gradients = columns["gradient_norm"][steps]
@@ -218,9 +217,8 @@ class MetaGradientExplosion(Rule):
     outer step before, or with the one that the losses would have over the length of the weights
     (``|loss| / ||w||``: where an inner loop has converged, as one that goes on from the last
     weights, its own gradients are next to nothing; a query's loss may be of another scale).
-    Differentiating through an unroll multiplies
-    one Jacobian a step; where the product grows, so does the meta-gradient, with inner loops that
-    look healthy.
+    Differentiating through an unroll multiplies one Jacobian a step; where the product grows, so
+    does the meta-gradient, with inner loops that look healthy.
 
     ## Why it is bad
     The outer step follows chaos: its direction is noise and its size what clipping makes of it.

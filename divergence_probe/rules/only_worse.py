@@ -100,9 +100,8 @@ class OnlyWorse(Rule):
         if not self._courses:
             return
         losses, rank = frame.block.scalars["loss"], frame.block.rank
-        followed = [(rank, task) in self._courses for task in frame.by_task.tasks]
-        rows = frame.seen & np.asarray(followed, dtype=bool)[frame.by_task.of_row]
-        for row in np.flatnonzero(rows & (frame.step > 0)).tolist():
+        rows = frame.seen & frame.followed(self._courses) & (frame.step > 0)
+        for row in np.flatnonzero(rows).tolist():
             course = self._courses[rank, int(frame.task[row])]
             course.last, course.steps = float(losses[row]), course.steps + 1
             course.worse &= not course.last <= _WORSE * course.first  # (a NaN is no better)

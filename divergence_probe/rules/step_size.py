@@ -250,8 +250,7 @@ class NegativeLearningRate(Rule):
         negative = self._negative(frame)
         told = negative.copy()
         if self._climbing:
-            of_climbing = [(frame.block.rank, t) in self._climbing for t in frame.by_task.tasks]
-            told |= np.asarray(of_climbing, dtype=bool)[frame.by_task.of_row]
+            told |= frame.followed(self._climbing)
         for row in np.flatnonzero(frame.support & frame.of_tasks(told)).tolist():
             key = (frame.block.rank, int(frame.task[row]))
             loss = float(frame.block.scalars["loss"][row])
