@@ -55,6 +55,7 @@ class InPlaceTasks:
         self.of: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
         self.adapted: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         self._nesting = Nesting(session)
+        self._taking_turns: weakref.WeakSet[KnownModel] = weakref.WeakSet()
         self._rollbacks = Rollbacks()
         self._loaded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._thread = _Thread()
@@ -142,6 +143,8 @@ class InPlaceTasks:
                 continue
             own = optimizer is step.optimizer or set(step.positions).isdisjoint(task.positions)
             if own and self._unchanged(task, step):
+                if self._nesting.tasks and task is not self._nesting.tasks[-1]:
+                    self._taking_turns.add(task.known)
                 return task
         return None
 
@@ -154,7 +157,7 @@ class InPlaceTasks:
         latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
         goes_on = bool(latest) and self._unchanged(latest[-1], step)
         for task in self._open():
-            if task.known is step.known:
+            if task.known is step.known and not self._is_apart(task, step):
                 self._finish(task)
         self._session.loose.forwards.take()  # what is left ran before this task, and is none's
         base = step.base
@@ -193,7 +196,7 @@ class InPlaceTasks:
         self._note_beside(step)
         others = all(step.known.position(parameter) is None for parameter in step.parameters)
         if base is None and others and not task.provisional:
-            self._session.models.note_begun_alike(step.known)
+            self._session.models.note_begun_alike(step.known, values)
         return task
 
     def _note_beside(self, step: Step) -> None:
@@ -202,6 +205,18 @@ class InPlaceTasks:
             own = set(map(id, step.parameters))
             reached = (t for r in step.pending.inputs if (t := r()) is not None)
             self._session.models.note_beside(t for t in reached if id(t) not in own)
+
+    def _is_apart(self, task: Task, step: Step) -> bool:
+        """Whether a task goes on beside a step of weights that are merely of the same shape.
+
+        (Two players have each an optimizer and weights that no module owns, and step in turn.)
+        """
+        if step.known.model is not None or task.base is not None:
+            return False
+        if not task.provisional and task.known not in self._taking_turns:
+            return False
+        alive = task.optimizer is not None and task.optimizer() is not None
+        return alive and identities(task.fast).isdisjoint(map(id, step.parameters))
 
     def _unchanged(self, task: Task, step: Step) -> bool:
         if task.last is None:

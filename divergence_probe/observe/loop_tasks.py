@@ -239,7 +239,8 @@ class LoopTasks:
         gone = sum(tensor is None for tensor in tensors)  # (clones, or they would live on)
         clones = len(task.began) + gone == len(tensors) and not pending.restarts
         if not own and copied is None and clones:
-            models.note_begun_alike(known)
+            width = len(known.layout.parameters)
+            models.note_begun_alike(known, spread(pending.before, positions, width))
         thread.task = task
         if not doubtful:
             self.reptile.began(task)

@@ -313,8 +313,8 @@ class Models:
         entry = self._begun.get(id(tensor))
         return entry is not None and entry() is tensor
 
-    def note_begun_alike(self, known: KnownModel) -> None:
-        """A task began from clones that show no origin, and that equal ``known``'s parameters.
+    def note_begun_alike(self, known: KnownModel, values: Sequence[Tensor | None]) -> None:
+        """A task began with ``values``: if ``known``'s own, from clones that show no origin.
 
         What it is a base of may as well be a copy of ``known`` that has not moved yet, or what
         ``known`` is a copy of. Until one of them moves each counts as the base; see
@@ -323,6 +323,8 @@ class Models:
         own = [tensor for r in known.parameters if (tensor := r()) is not None]
         if all(map(self.begun, own)) or not all(map(worth_a_wait, own)):
             return
+        if all(map(is_fresh, own)) or not all_same(own, values, worth_a_wait):
+            return  # (with zeros begin others, too, that have nothing to do with it)
         alike = [t for model in list(self._by_model.values()) for t in _equals(model, own)]
         ids = set(map(id, own))
         for copied, origin in list(self._copies.values()):

@@ -129,3 +129,18 @@ def test_one_step_on_weights_that_are_only_multiplied_is_an_update(differentiabl
             optimizer.step()
 
     assert watched(run) == (3, 3)
+
+
+@pytest.mark.parametrize(("games", "expected"), [(1, (0, 0)), (3, (12, 72))])
+def test_players_of_weights_that_are_merely_alike_step_beside_each_other(games, expected):
+    def play():
+        players = [nn.Parameter(torch.zeros(5)) for _ in range(4)]
+        optimizers = [torch.optim.Adam([player], lr=0.1) for player in players]
+        for _ in range(6):
+            aim = torch.randn(5)  # of all of them: each comes to where another one was
+            for player, optimizer in zip(players, optimizers, strict=True):
+                optimizer.zero_grad()
+                (player - aim).pow(2).sum().backward()
+                optimizer.step()
+
+    assert watched(lambda: [play() for _ in range(games)]) == expected
