@@ -201,9 +201,12 @@ def attach(
 
     Raises:
         RecordingError: ``output`` cannot be written, or holds a recording already.
-        UsageError: an unknown code, intent or threshold, or a bad glob.
+        UsageError: an unknown code, intent or threshold, a bad glob, or, on entering, what is no
+            model.
         DivergenceDetected: with ``raise_on``, from inside the loop.
     """
+    if raise_on not in (None, "error", "warning"):
+        raise UsageError(f"attach(raise_on={raise_on!r}): choose 'error' or 'warning'.")
     return Probe(
         models,
         raise_on=raise_on,
@@ -238,11 +241,12 @@ class _Watch:
         from divergence_probe.observe.raised import InnerLines
         from divergence_probe.observe.session import Session
 
+        _check_models(models)
         folder = self._probe._output
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="divergence-probe-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._folder = folder
+        folder = self._folder = folder.absolute()  # (the user may change directory)
         self._place = place()
         rank = self._place.rank
         self._writer = Writer(folder, self._meta(), rank, force=self._probe._force)
@@ -301,20 +305,24 @@ class _Watch:
         finally:
             self._probe._raise_on = level
         self._observer.uninstall()
-        guard_failed = guard.failure
-        guard.active = False
         self._seconds = time.perf_counter() - self._started
-        self._analysis.finish()
-        if guard_failed:
-            self._analysis.collector.incomplete.setdefault(
-                f"{SWITCHED_OFF} during the run: {guard_failed}."
-            )
-        self._writer.close(
-            {"seconds": self._seconds, "overhead_fraction": self._overhead(), **self._ending()}
-        )
-
         if error is not None and self._exception is None:
-            self._exception = ExceptionReport(type(error).__name__, str(error), False)
+            self._exception = ExceptionReport(type(error).__name__, _text(error), False)
+        self._analysis.finish()
+        self._note_failure()
+        with guard.work():
+            self._writer.close(
+                {"seconds": self._seconds, "overhead_fraction": self._overhead(), **self._ending()}
+            )
+        self._note_failure()
+        guard.active = False
+
+    def _note_failure(self) -> None:
+        """Say that the probe failed, where it did."""
+        failure = self._session.guard.failure if self._session is not None else None
+        if failure is not None:
+            reason = f"{SWITCHED_OFF} during the run: {failure}."
+            self._analysis.collector.incomplete.setdefault(reason)
 
     def _note_exception(self, error: BaseException | None, tasks: list[Task]) -> None:
         """Say what ended the block, and record it where it came out of an inner loop."""
@@ -325,21 +333,22 @@ class _Watch:
         if error is None or session is None or lines is None:
             return
         raised = examine(error, session, lines, tasks)
-        known = explain(str(error), raised.module)
+        message = _text(error)
+        known = explain(message, raised.module)
         # Ctrl-C lands anywhere, and says nothing of the loop it happens to land in.
         inner = isinstance(error, Exception) and (
             raised.place == "inside"
             or (known is not None and (known.inner or raised.place == "near"))
         )
         name = type(error).__name__
-        self._exception = ExceptionReport(name, str(error), inner, raised.site)
+        self._exception = ExceptionReport(name, message, inner, raised.site)
         if inner:
             last = tasks[-1] if tasks else None
             session.event(
                 "raised",
                 site=raised.number(session),
                 type=name,
-                message=str(error)[:2000],
+                message=message[:2000],
                 inner_loop=True,
                 own=raised.own,
                 layer=raised.layer,
@@ -401,3 +410,22 @@ class _Watch:
             **({"world": self._place.world} if self._place.several else {}),
             **self._probe._extra_meta,
         }
+
+
+def _text(error: BaseException) -> str:
+    """What an exception says; nothing where saying it fails."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def _check_models(models: Iterable[object]) -> None:
+    from torch import nn
+
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"attach() got {type(model).__name__}: give it models (torch.nn.Module), or none: "
+                "it finds them by itself. Optimizers go to attach(inner=...)."
+            )

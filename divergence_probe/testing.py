@@ -70,7 +70,7 @@ def assert_no_divergence(
     intent: str | Iterable[str] = (),
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
-    """Fail where an inner loop diverged, or where none was seen at all.
+    """Fail where an inner loop diverged, where none was seen, or the probe did not see its end.
 
     Args:
         subject: a probe (also one still attached), a recording or its folder, a diagnosis, or a
@@ -105,6 +105,9 @@ def assert_no_divergence(
         )
     if not diagnosis.summary.inner_steps:
         raise AssertionError(_unobserved())
+    if diagnosis.verdict == "unobserved":
+        reasons = " ".join(diagnosis.summary.incomplete)
+        raise AssertionError(f"The run was not watched to its end. {reasons}")
 
 
 def _diagnosis_of(

@@ -111,3 +111,13 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, recorded: Callable[[float],
 def test_public_names_lead_here() -> None:
     assert divergence_probe.diagnose is diagnose
     assert set(divergence_probe.__all__) <= set(dir(divergence_probe))
+
+
+@pytest.mark.filterwarnings("ignore:divergence_probe switched itself off")
+def test_a_run_that_was_not_watched_to_its_end_fails() -> None:
+    with attach() as probe:
+        adapt(0.01)
+        probe.session.guard.fail(ValueError("ours"))
+        adapt(1e6)
+    with pytest.raises(AssertionError, match=r"not watched to its end.*switched itself off"):
+        assert_no_divergence(probe)

@@ -226,9 +226,10 @@ class Guard:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {frames[-1].name}:{frames[-1].lineno}" if frames else ""
         self.failure = f"{type(error).__name__}: {error}{where}"
+        advice = "" if isinstance(error, OSError) else " Please report this."
         said = (
             f"divergence_probe switched itself off: {self.failure}. Your run goes on unwatched; "
-            "the report will say incomplete. Please report this."
+            f"the report will say incomplete.{advice}"
         )
         try:
             warnings.warn(said, RuntimeWarning, stacklevel=2)

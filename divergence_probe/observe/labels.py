@@ -52,6 +52,10 @@ def step(
     """Record one inner step that no instrument can see, under the names of ``before``."""
     if set(before) != set(after):
         raise UsageError("probe.step: `before` and `after` must have the same names.")
+    for values in (before, after, gradients):
+        odd = [name for name, value in values.items() if not isinstance(value, Tensor)]
+        if odd:
+            raise UsageError(f"probe.step: {odd[0]!r} is no tensor, but {type(values[odd[0]])}.")
     with session.guard.work():
         current = _labelled(session, before)
         names = list(before)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 #: Where handlers seem to be written. ``warnings`` counts no frame of a file with "importlib" and
@@ -22,6 +24,48 @@ def enclosing({free}):
         {free}
     return {name}
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    """One patch, and the way back from it.
+
+    Attributes:
+        present: what is there now in the place that was patched.
+        put: what this patch put there.
+        was: what it found there.
+        restore: puts ``was`` back.
+        pass_on: makes what it put there do no more than call ``was``.
+    """
+
+    present: Callable[[], object]
+    put: object
+    was: object
+    restore: Callable[[], None]
+    pass_on: Callable[[], None] = lambda: None
+
+
+#: Patches that are no longer wanted, and lie below one of another probe, by what they put.
+_left: dict[int, _Patch] = {}
+_lock = threading.RLock()
+
+
+def _take_out(patch: _Patch) -> None:
+    """Take a patch out, and those below it that were only waiting for that.
+
+    Where another probe has patched over it (they need not end in the order in which they began),
+    it stays where it is and does nothing, until that one goes. What others than we have put there
+    is left alone.
+    """
+    with _lock:
+        if patch.present() is not patch.put:
+            patch.pass_on()
+            _left[id(patch.put)] = patch
+            return
+        below: _Patch | None = patch
+        while below is not None:
+            below.restore()
+            below = _left.pop(id(below.was), None)
 
 
 class Patches:
@@ -67,14 +111,21 @@ class Patches:
             function.__wrapped__ = original
         self.codes[function] = [function.__code__, handler.__code__]
 
-        def undo() -> None:
+        def restore() -> None:
             function.__code__, function.__defaults__, function.__kwdefaults__ = saved
             if not had_wrapped:
                 function.__dict__.pop("__wrapped__", None)
-            self.codes.pop(function, None)
             handler_globals.pop(handler_name, None)
 
-        self._undo.append(undo)
+        def pass_on() -> None:
+            handler_globals[handler_name] = original
+
+        patch = _Patch(lambda: function.__code__, function.__code__, saved[0], restore, pass_on)
+        self._undo.append(lambda: self._forget(function, patch))
+
+    def _forget(self, function: Any, patch: _Patch) -> None:
+        self.codes.pop(function, None)
+        _take_out(patch)
 
     def set_attribute(
         self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -85,15 +136,14 @@ class Patches:
         replacement = _passed_over(make(original))
         setattr(owner, name, replacement)
 
-        def undo() -> None:
-            if vars(owner).get(name) is not replacement:
-                return  # somebody patched over us: taking theirs away would be harm
+        def restore() -> None:
             if own:
                 setattr(owner, name, original)
             else:
                 delattr(owner, name)
 
-        self._undo.append(undo)
+        patch = _Patch(lambda: vars(owner).get(name), replacement, original, restore)
+        self._undo.append(lambda: _take_out(patch))
 
     def add_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Give ``owner`` an attribute that it does not have, nor inherits."""

@@ -13,13 +13,14 @@ from xml.etree import ElementTree
 from divergence_probe.diagnosis.diagnosis import Diagnosis
 from divergence_probe.report.concise import verdict_line
 from divergence_probe.report.wording import (
-    UNOBSERVED_ADVICE,
+    advice,
     by_rule,
     fix,
     place,
     raised,
     seen,
     site_of,
+    verdict_meaning,
     visible,
     why,
 )
@@ -67,7 +68,7 @@ def _verdict_case(diagnosis: Diagnosis) -> ElementTree.Element:
     elif diagnosis.verdict == "diverged":
         _child(case, "failure", words, why(diagnosis) or "an inner loop diverged", "diverged")
     elif diagnosis.verdict == "unobserved":
-        _child(case, "skipped", "\n".join([words, *UNOBSERVED_ADVICE]), "no inner step was seen")
+        _child(case, "skipped", "\n".join([words, *advice(diagnosis)]), verdict_meaning(diagnosis))
     else:
         _child(case, "system-out", words)
     return case

@@ -46,11 +46,9 @@ def _answer(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.exception is not None:
         words = f"**Raised.** {_escaped(wording.raised(diagnosis))}"
         parts.insert(0 if wording.raised_first(diagnosis) else len(parts), words)
-    if diagnosis.verdict == "unobserved":
-        parts += [
-            f"- {_escaped(sentence.replace('`', ''))}" for sentence in wording.UNOBSERVED_ADVICE
-        ]
-    return parts
+    parts += [wording.unseen(diagnosis)] if wording.unseen(diagnosis) else []
+    advice = wording.advice(diagnosis)
+    return parts + [f"- {_escaped(sentence.replace('`', ''))}" for sentence in advice]
 
 
 def _fix(diagnosis: Diagnosis) -> list[str]:

@@ -43,7 +43,15 @@ def _growth(diagnosis: Diagnosis) -> Vital:
         return Vital("growth", "from 0", "unknown", "the weights adapted begin at 0, or next to it")
     of = f" ({one_line(health.largest_growth_layer)})" if health.largest_growth_layer else ""
     words = _graded(health.largest_growth, numbers.times, 2.0, numbers.GRAVE_GROWTH)
-    return Vital("growth", *words, f"largest norm after a task over before it{of}")
+    rest = "; small parameters left out" if _small_ones_grew_more(diagnosis) else ""
+    return Vital("growth", *words, f"largest norm after a task over before it{of}{rest}")
+
+
+def _small_ones_grew_more(diagnosis: Diagnosis) -> bool:
+    """Whether the table of norms shows larger growth, of what has little of the model's norm."""
+    most = diagnosis.health.largest_growth
+    grown = [trace.norms[-1] / trace.norms[0] for trace in diagnosis.norms if trace.norms[0]]
+    return most is not None and any(growth > 1.01 * most for growth in grown)
 
 
 def _statistics(diagnosis: Diagnosis) -> list[Vital]:
@@ -94,10 +102,17 @@ def watched(diagnosis: Diagnosis) -> str:
     return "watched: " + ", ".join(parts)
 
 
+def _leading(diagnosis: Diagnosis) -> list[str]:
+    """The rule to read up on: of the root cause, else of the gravest finding."""
+    findings, cause = diagnosis.findings, diagnosis.root_cause
+    if cause is not None and cause.findings:
+        return [findings[cause.findings[0]].rule]
+    return [finding.rule for finding in wording.ranked(findings)[:1]]
+
+
 def next_commands(diagnosis: Diagnosis) -> list[str]:
     """Commands worth typing next, the most useful first."""
-    folded = wording.by_rule(diagnosis.findings)
-    commands = [f"probe rule {shlex.quote(one_line(folded[0][0].rule))}"] if folded else []
+    commands = [f"probe rule {shlex.quote(one_line(rule))}" for rule in _leading(diagnosis)]
     if diagnosis.recording:
         recording = shlex.quote(one_line(diagnosis.recording))
         commands.append(f"probe report {recording} --report html:report.html")

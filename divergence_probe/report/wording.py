@@ -46,6 +46,21 @@ UNOBSERVED_ADVICE = (
 )
 
 
+def unseen(diagnosis: Diagnosis) -> str:
+    """What an unobserved run leaves open, in a sentence; empty for others."""
+    if diagnosis.verdict != "unobserved":
+        return ""
+    if diagnosis.summary.inner_steps:
+        return "The run was not watched to its end, so nothing can be said about divergence."
+    return "No inner step was seen, so nothing can be said about divergence."
+
+
+def advice(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """What to try: where no inner step was seen, though the script came to its end."""
+    seen_or_ended = diagnosis.summary.inner_steps or diagnosis.exception is not None
+    return UNOBSERVED_ADVICE if diagnosis.verdict == "unobserved" and not seen_or_ended else ()
+
+
 def visible(text: str) -> str:
     """``text`` with control, bidirectional and surrogate characters written out as escapes.
 
@@ -97,6 +112,8 @@ def site_of(finding: Finding) -> str | None:
 
 def verdict_meaning(diagnosis: Diagnosis) -> str:
     """The verdict in a few words."""
+    if diagnosis.verdict == "unobserved" and diagnosis.summary.inner_steps:
+        return "it was not watched to its end"
     return _VERDICT_MEANING[diagnosis.verdict]
 
 
@@ -110,6 +127,8 @@ def facts(diagnosis: Diagnosis) -> list[str]:
     told += _optimizer(summary)
     if summary.ranks > 1:
         told.append(count_of(summary.ranks, "rank"))
+    if diagnosis.script_exit and diagnosis.exception is None:
+        told.append(f"exit code {diagnosis.script_exit}")
     if summary.overhead_fraction > 0 and not 0 < summary.seconds < SHORT_RUN:
         told.append(f"probe cost {100 * summary.overhead_fraction:.1f} %")
     return told
@@ -174,8 +193,16 @@ def raised(diagnosis: Diagnosis) -> str:
     error = diagnosis.exception
     if error is None:
         return ""
-    where = "inside an inner loop" if error.inner_loop else "where no inner loop was seen"
-    return f"{error.type} raised {where}" + (f": {error.message}" if error.message else "")
+    message = f": {error.message}" if error.message else ""
+    return f"{error.type} raised {raised_where(diagnosis)}{message}"
+
+
+def raised_where(diagnosis: Diagnosis) -> str:
+    """Where the exception was raised, as far as is known."""
+    if diagnosis.exception is not None and diagnosis.exception.inner_loop:
+        return "inside an inner loop"
+    seen_any = diagnosis.summary.inner_steps
+    return "outside the inner loops that were seen" if seen_any else "before any inner step"
 
 
 def raised_first(diagnosis: Diagnosis) -> bool:

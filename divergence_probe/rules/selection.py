@@ -100,6 +100,9 @@ def parse_codes(
         UsageError: where no rule's code starts with one of them, or a glob is none.
     """
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"{where}: {text!r} is no rule code, such as 'BN003'.".lstrip(": "))
     codes = tuple(code.strip() for text in texts for code in text.split(",") if code.strip())
     for code in codes:
         problem = _problem(code, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 import sys
 import types
 import warnings
@@ -336,6 +337,57 @@ def test_nested_attach_sees_what_runs_inside_each():
     assert part.diagnosis.summary.tasks == TASKS
     assert whole.diagnosis.summary.tasks == 2 * TASKS
     assert whole.failure is None and part.failure is None
+
+
+def test_probes_may_end_in_the_order_in_which_they_began():
+    before = torch_itself()
+    first, second = divergence_probe.attach(), divergence_probe.attach()
+    first.__enter__()
+    second.__enter__()
+    by_hand(Net())
+    first.__exit__(None, None, None)
+    by_hand(Net())
+    second.__exit__(None, None, None)
+    assert torch_itself() == before
+    by_hand(Net())
+
+    assert first.diagnosis.summary.tasks == TASKS
+    assert second.diagnosis.summary.tasks == 2 * TASKS
+    assert first.failure is None and second.failure is None
+
+
+@pytest.mark.filterwarnings("ignore:divergence_probe switched itself off")
+def test_a_recording_that_cannot_be_finished_does_not_reach_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with divergence_probe.attach(output="there") as probe:
+        by_hand(Net())
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+    assert probe.failure is None
+    assert probe.recording.steps()["task"].nunique() == TASKS
+
+    with divergence_probe.attach(output="gone") as probe:
+        by_hand(Net())
+        shutil.rmtree("gone")
+    assert probe.failure is not None
+    assert any("switched itself off" in reason for reason in probe.diagnosis.summary.incomplete)
+
+
+def test_an_exception_that_cannot_say_what_it_is_comes_out_as_it_is():
+    class Odd(Exception):
+        def __str__(self):
+            return self.args[5]
+
+    probe = divergence_probe.attach()
+
+    @probe
+    def raising():
+        by_hand(Net())
+        raise Odd("mine")
+
+    with pytest.raises(Odd):
+        raising()
+    assert probe.failure is None and probe.diagnosis.exception.type == "Odd"
 
 
 def test_as_a_decorator():

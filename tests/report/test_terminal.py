@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,41 @@ def test_nonfinite_norms_are_written_out() -> None:
     text = terminal.render(Diagnosis("diverged", Summary(1, 2), norms=(trace,)))
     row = next(line for line in text.splitlines() if line.strip().startswith("w "))
     assert row.split() == ["w", "1.0000", "inf", "nan", "nan", "▁█×"]
+
+
+def test_code_of_a_fix_stays_code_in_a_narrow_terminal() -> None:
+    cause = samples.diverged().root_cause
+    assert cause is not None
+    fix = "    net.train()  # batch statistics, as in meta-training\n# or: nn.GroupNorm(8, 64)"
+    told = replace(samples.diverged(), root_cause=replace(cause, fix=fix))
+    text = terminal.render(told, width=40)
+    block = text[text.index(" Fix ") : text.index(" Cause")].splitlines()
+    lines = [line[7:].rstrip() for line in block if line.strip()]
+    assert lines == [
+        "    # batch statistics, as in",
+        "    # meta-training",
+        "    net.train()",
+        "# or: nn.GroupNorm(8, 64)",
+    ]
+
+
+def test_the_rule_to_read_up_on_is_the_one_that_leads_to_the_cause() -> None:
+    told = samples.diverged()
+    cause = told.root_cause
+    assert cause is not None and len(told.findings) > 1
+    last = len(told.findings) - 1
+    text = terminal.render(replace(told, root_cause=replace(cause, findings=(last,))))
+    assert f"probe rule {told.findings[last].rule}" in text
+
+
+def test_a_scripts_own_exit_code_is_told() -> None:
+    told = replace(samples.healthy(), script_exit=3)
+    assert "exit code 3" in terminal.render(told)
+    assert "exit code" not in terminal.render(samples.healthy())
+
+
+def test_a_run_that_was_not_watched_to_its_end_is_not_said_to_have_had_no_steps() -> None:
+    told = replace(samples.healthy(), verdict="unobserved")
+    text = terminal.render(told)
+    assert "not watched to its end" in text
+    assert "No inner step was seen" not in text and " Try " not in text

@@ -48,6 +48,21 @@ def labelled(label: str, paragraphs: Iterable[Text], width: int) -> list[Text]:
     return lines
 
 
+def code_lines(code: str, width: int) -> list[str]:
+    """Lines of code with those comments that are too long on lines of their own, each with a #."""
+    lines: list[str] = []
+    for line in code.split("\n"):
+        if cell_len(line) <= width or "#" not in line:
+            lines.append(line)
+            continue
+        before, _, comment = line.partition("#")
+        indent = before[: len(before) - len(before.lstrip())]
+        body = wrapped(Text(comment.strip()), width, f"{indent}# ", f"{indent}# ")
+        lines += [piece.plain for piece in body]
+        lines += [before.rstrip()] if before.strip() else []
+    return lines
+
+
 def heading(title: str, width: int, note: str = "") -> list[Text]:
     """A section's bold title, with a dim note beside it where there is room, else below it."""
     line = Text(" ") + Text(title, style="bold")

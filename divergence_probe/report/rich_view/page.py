@@ -11,6 +11,7 @@ from divergence_probe.report.rich_view import tables
 from divergence_probe.report.rich_view.frames import story_lines
 from divergence_probe.report.rich_view.layout import (
     VERDICT_STYLES,
+    code_lines,
     flowed,
     heading,
     labelled,
@@ -64,6 +65,8 @@ def _why(diagnosis: Diagnosis, width: int) -> list[Text]:
         words.stylize("bold red", 0, len(one_line(error.type)))
         # What ended the run comes first, unless the root cause already explains it.
         paragraphs.insert(0 if wording.raised_first(diagnosis) else len(paragraphs), words)
+    if wording.unseen(diagnosis):
+        paragraphs.append(Text(wording.unseen(diagnosis)))
     return labelled("Why", paragraphs, width)
 
 
@@ -77,7 +80,7 @@ def _where(diagnosis: Diagnosis, width: int) -> list[Text]:
 def _fix(diagnosis: Diagnosis, width: int) -> list[Text]:
     fix = visible(wording.fix(diagnosis)).rstrip()
     return (
-        labelled("Fix", [Text(line, style="green") for line in fix.split("\n")], width)
+        labelled("Fix", [Text(line, style="green") for line in code_lines(fix, width - 7)], width)
         if fix
         else []
     )
@@ -99,13 +102,8 @@ def _sure(diagnosis: Diagnosis, width: int) -> list[Text]:
 
 
 def _advice(diagnosis: Diagnosis, width: int) -> list[Text]:
-    if diagnosis.verdict != "unobserved":
-        return []
-    lines = labelled(
-        "Why", [Text("No inner step was seen, so nothing can be said about divergence.")], width
-    )
-    lines.append(Text(""))
-    for number, sentence in enumerate(wording.UNOBSERVED_ADVICE):
+    lines: list[Text] = []
+    for number, sentence in enumerate(wording.advice(diagnosis)):
         lines += labelled(
             "Try" if number == 0 else "", wrapped(Text(sentence), width - 9, "· "), width
         )
@@ -150,7 +148,7 @@ def _batch_norm(diagnosis: Diagnosis, width: int) -> list[Text]:
     if not diagnosis.batch_norm:
         return []
     limit = 4 if diagnosis.verdict == "healthy" else 6
-    note = "running statistics against the batch's own"
+    note = "running statistics against the batch's own, the worst of the run"
     return heading("BatchNorm", width, note) + tables.batch_norm_table(
         diagnosis.batch_norm, width, limit
     )
