@@ -138,8 +138,9 @@ class InPlaceTasks:
 
     def going_on(self, step: Step) -> Task | None:
         """The open task that a step goes on with: its weights are what the last one left."""
+        mine = threading.get_ident()
         for optimizer, task in list(self.of.items()):
-            if task.ended or task.known is not step.known:
+            if task.ended or task.known is not step.known or task.thread != mine:
                 continue
             own = optimizer is step.optimizer or set(step.positions).isdisjoint(task.positions)
             if own and self._unchanged(task, step):
@@ -207,10 +208,12 @@ class InPlaceTasks:
             self._session.models.note_beside(t for t in reached if id(t) not in own)
 
     def _is_apart(self, task: Task, step: Step) -> bool:
-        """Whether a task goes on beside a step of weights that are merely of the same shape.
+        """Whether a task goes on beside a step: in another thread, or on weights merely like it.
 
         (Two players have each an optimizer and weights that no module owns, and step in turn.)
         """
+        if task.thread != threading.get_ident():
+            return _is_alive(task.thread)
         if step.known.model is not None or task.base is not None:
             return False
         if not task.provisional and task.known not in self._taking_turns:
@@ -266,6 +269,10 @@ class InPlaceTasks:
         """The run is over."""
         for task in self._open():
             self._finish(task)  # one copy that was trained, and no other, was fine-tuned
+
+
+def _is_alive(thread: int) -> bool:
+    return any(other.ident == thread for other in threading.enumerate())
 
 
 def _carried(pending: Pending | None, parameters: list[Tensor]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
-from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.projections import were_left_alone
 from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
@@ -60,6 +60,8 @@ class LoopThread(threading.local):
         self.waiting: list[Pending] = []
         self.displaced: Pending | None = None  # its base was written to, and may be put back
         self.follower: Follower | None = None
+        #: By line. What one thread steps, another one must not touch: its backward may be writing.
+        self.learned: dict[int, Learned] = {}
         self.forwards = Forwards()
         self.extends = False
         self.queries: list[float] = []  # of tasks that ended without a gradient of theirs

@@ -63,7 +63,6 @@ class Loops:
         self._thread = LoopThread(self._states)
         self.tasks = LoopTasks(session, self._thread)
         self.known = KnownLoops(session, self._thread, self.tasks, self._wait_for, self._foreign_to)
-        self._learned: dict[int, Learned] = {}
         session.closing.append(self.close)
         session.restoring.append(self._restored)
         session.starting.append(self.settle_outer)
@@ -80,10 +79,11 @@ class Loops:
         return task is not None and not task.in_place
 
     def learned_at(self, site: int) -> Learned:
-        """What is known of the gradients taken at a line."""
-        learned = self._learned.get(site)
+        """What this thread knows of the gradients taken at a line."""
+        known = self._thread.learned
+        learned = known.get(site)
         if learned is None:
-            learned = self._learned[site] = Learned()
+            learned = known[site] = Learned()
         return learned
 
     def stop_following(self) -> None:

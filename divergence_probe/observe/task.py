@@ -18,7 +18,7 @@ from divergence_probe.observe.retention import Watched
 from divergence_probe.observe.snapshot import Values
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """One inner loop: from the base's weights to the adapted ones.
 

@@ -1,6 +1,7 @@
 """What is an inner loop, and what only looks like one."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -144,3 +145,28 @@ def test_players_of_weights_that_are_merely_alike_step_beside_each_other(games, 
                 optimizer.step()
 
     assert watched(lambda: [play() for _ in range(games)]) == expected
+
+
+def test_threads_that_adapt_copies_at_the_same_lines_leave_each_other_alone():
+    base = network()
+    outer = torch.optim.SGD(base.parameters(), lr=0.1)
+    x, y = batch()
+
+    def adapt(_):
+        learner = copy.deepcopy(base)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(learner(x), y).backward()
+            optimizer.step()
+        return torch.autograd.grad(F.cross_entropy(learner(x), y), list(learner.parameters()))
+
+    def run():
+        for _ in range(3):
+            with ThreadPoolExecutor(2) as pool:
+                gradients = list(pool.map(adapt, range(6)))
+            for parameter, *own in zip(base.parameters(), *gradients, strict=True):
+                parameter.grad = sum(own) / len(own)
+            outer.step()
+
+    assert watched(run) == (18, 18 * STEPS)
