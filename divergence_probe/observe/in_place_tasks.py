@@ -38,6 +38,8 @@ class _Thread(threading.local):
 
 
 _ADAPTER = "torch.optim"
+# Tasks of one model that may go on beside each other.
+_MOST_BESIDE = 32
 
 
 class InPlaceTasks:
@@ -157,9 +159,7 @@ class InPlaceTasks:
         # (not of self.of: the optimizer of the task before may be gone)
         latest = [t for t in self._nesting.tasks if t.known is step.known and t.last is not None]
         goes_on = bool(latest) and self._unchanged(latest[-1], step)
-        for task in self._open():
-            if task.known is step.known and not self._is_apart(task, step):
-                self._finish(task)
+        self._end_others(step)
         self._session.loose.forwards.take()  # what is left ran before this task, and is none's
         base = step.base
         self.adapted.update(
@@ -208,18 +208,30 @@ class InPlaceTasks:
             self._session.models.note_beside(t for t in reached if id(t) not in own)
 
     def _is_apart(self, task: Task, step: Step) -> bool:
-        """Whether a task goes on beside a step: in another thread, or on weights merely like it.
+        """Whether a task goes on beside a step: in another thread, or on weights of its own.
 
-        (Two players have each an optimizer and weights that no module owns, and step in turn.)
+        (Copies of one model that are adapted step by step in turn; two players, each with an
+        optimizer and weights that no module owns.)
         """
         if task.thread != threading.get_ident():
             return _is_alive(task.thread)
-        if step.known.model is not None or task.base is not None:
-            return False
-        if not task.provisional and task.known not in self._taking_turns:
+        if step.known.model is not None and task.base is None:
+            return False  # the model's own
+        turns = task.base is not None or task.provisional or task.known in self._taking_turns
+        if not turns:
             return False
         alive = task.optimizer is not None and task.optimizer() is not None
         return alive and identities(task.fast).isdisjoint(map(id, step.parameters))
+
+    def _end_others(self, step: Step) -> None:
+        """A task begins: those before it are over, but for a few that may go on beside it."""
+        beside = 0
+        for task in reversed([t for t in self._open() if t.known is step.known]):
+            self._collect(task)
+            apart = self._is_apart(task, step)
+            beside += apart
+            if not apart or beside > _MOST_BESIDE:
+                self._session.finish_task(task)
 
     def _unchanged(self, task: Task, step: Step) -> bool:
         if task.last is None:
@@ -260,10 +272,14 @@ class InPlaceTasks:
         return [t for t in self._session.open if t.in_place and t.adapter == _ADAPTER]
 
     def _finish(self, task: Task) -> None:
+        self._collect(task)
+        self._session.finish_task(task)
+
+    def _collect(self, task: Task) -> None:
+        """What ran forward on a task's weights since its last step is its own."""
         fast = identities(task.fast)
         taken = self._session.loose.forwards.take_used_by(lambda weight: id(weight) in fast)
         task.forwards.extend(taken)
-        self._session.finish_task(task)
 
     def close(self) -> None:
         """The run is over."""

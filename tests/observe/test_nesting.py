@@ -170,3 +170,37 @@ def test_threads_that_adapt_copies_at_the_same_lines_leave_each_other_alone():
             outer.step()
 
     assert watched(run) == (18, 18 * STEPS)
+
+
+@pytest.mark.parametrize("copies", [2, 4])
+def test_copies_that_are_adapted_step_by_step_in_turn_are_tasks(copies):
+    base = network()
+    outer = torch.optim.SGD(base.parameters(), lr=0.1)
+
+    def run():
+        for _ in range(3):
+            learners = [copy.deepcopy(base) for _ in range(copies)]
+            optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in learners]
+            for _ in range(STEPS):
+                for learner, optimizer in zip(learners, optimizers, strict=True):
+                    x, y = batch()
+                    optimizer.zero_grad()
+                    F.cross_entropy(learner(x), y).backward()
+                    optimizer.step()
+            gradients = []
+            for learner in learners:
+                x, y = batch()
+                query = F.cross_entropy(learner(x), y)
+                gradients.append(torch.autograd.grad(query, list(learner.parameters())))
+            for parameter, *own in zip(base.parameters(), *gradients, strict=True):
+                parameter.grad = sum(own) / copies
+            outer.step()
+
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        run()
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.outer_steps) == (3 * copies, 3)
+    assert summary.inner_steps == 3 * copies * STEPS
+    steps = probe.recording.steps()
+    assert steps[steps["phase"] == "query"]["task"].nunique() == 3 * copies
