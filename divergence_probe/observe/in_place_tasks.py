@@ -234,15 +234,16 @@ class InPlaceTasks:
                 self._session.finish_task(task)
 
     def _unchanged(self, task: Task, step: Step) -> bool:
-        if task.last is None:
+        last = task.last  # (another thread may end it at any moment)
+        if last is None:
             return True
         if step.disturbed is not None and step.disturbed.first is not None:
             # Where they were before that: to put them back is not exact.
             found = gathered(step.disturbed.first.before, step.positions)
-            return no_difference(found, gathered(task.last.after, step.positions), worth_a_wait)
-        if step.positions == task.positions and are_equal(step.before, task.last.after):
+            return no_difference(found, gathered(last.after, step.positions), worth_a_wait)
+        if step.positions == task.positions and are_equal(step.before, last.after):
             return True
-        left = gathered(task.last.after, step.positions)
+        left = gathered(last.after, step.positions)
         marks = [task.marks.get(place) for place in step.positions]
         return are_whole(step.before) and were_left_alone(step.before, step.marks, left, marks)
 

@@ -24,7 +24,7 @@ from divergence_probe.observe.in_turn import InTurn
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
-from divergence_probe.observe.pending import Learned, Pending
+from divergence_probe.observe.pending import MOST_IN_TURN, Learned, Pending
 from divergence_probe.observe.projections import were_left_alone
 from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
@@ -41,6 +41,16 @@ if TYPE_CHECKING:
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
 _REPETITIONS = 3
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
+
+_IN_TURN = (
+    "Tasks take their inner steps in turn, each a step before the next one: the steps taken until "
+    "that was found out are missing, or tasks of their own."
+)
+
+_LATE = (
+    "Weights that tasks came to were kept for later, and nothing used them at once: the first of "
+    "these inner steps were not known to be any, and are missing."
+)
 
 _UNCOUNTED = (
     "Weights on an accelerator are written through .data, which torch does not count: where they "
@@ -64,6 +74,8 @@ class LoopThread(threading.local):
         self.learned: dict[int, Learned] = {}
         self.forwards = Forwards()
         self.extends = False
+        self.parked: list[Task] = []  # where they take their steps in turn
+        self.left: list[Sequence[ref[Tensor] | None]] = []  # what the last tasks came to
         self.queries: list[float] = []  # of tasks that ended without a gradient of theirs
         self.unused: tuple[object, ...] = ()
         self.repeated = 0
@@ -90,6 +102,8 @@ class LoopTasks:
         if update.in_place and outer_steps.starts_from_where_it_began(pending, update):
             self._outer_put_back(pending, update)
             return
+        if pending.learned.unclaimed:
+            self._relied_on(pending.learned)
         task = pending.task
         if task is None or task.ended or task is not thread.task:
             doubtful = update.in_place and goes_up(pending, update.values)
@@ -207,7 +221,7 @@ class LoopTasks:
         Where it is ``doubtful``, that may be undone: see :mod:`.disturbances`.
         """
         session, thread = self._session, self._thread
-        self.end_task()
+        self._leave(pending)
         self.settle_waiting()
         tensors = [reference() for reference in pending.inputs]
         copied = self._copied_from(pending) if in_place else None
@@ -248,6 +262,48 @@ class LoopTasks:
             self.reptile.began(task)
             self._began_in_place(task, pending.before, tensors)
         return task
+
+    def takes_turns(self, learned: Learned, inputs: Sequence[Tensor]) -> None:
+        """A gradient is taken of weights that no task has now; one that is not over may go on."""
+        over = any(are(left, inputs) for left in self._thread.left)
+        if (over or learned.claims(inputs)) and not learned.in_turn:
+            learned.in_turn = True
+            self._relied_on(learned, _IN_TURN)
+
+    def _relied_on(self, learned: Learned, reason: str = _LATE) -> None:
+        """What is made at a line is used: so were those updates that were taken for none."""
+        learned.unclaimed, learned.confirmed = [], max(learned.confirmed, 1)
+        self._session.unseen(reason)
+
+    def _leave(self, pending: Pending) -> None:
+        """A task begins with ``pending``: the current one is over, or waits for its next turn."""
+        thread, task = self._thread, self._thread.task
+        if task is None or task.ended or task.in_place:
+            self.end_task()
+            return
+        if pending.learned.in_turn and task.learned is pending.learned:
+            self._park(task)
+            return
+        thread.left = [*thread.left[1 - MOST_IN_TURN :], task.inputs]
+        self.end_task()
+
+    def _park(self, task: Task) -> None:
+        thread, thread.task = self._thread, None
+        parked = [other for other in thread.parked if not other.ended]
+        if len(parked) >= MOST_IN_TURN:
+            self._session.finish_task(parked.pop(0))
+        thread.parked = [*parked, task]
+
+    def turn_to(self, inputs: Sequence[Tensor]) -> None:
+        """It is the turn of the task that ``inputs`` are the weights of, if one waits for it."""
+        thread = self._thread
+        for task in thread.parked:
+            if self.goes_on(task, inputs):
+                thread.parked.remove(task)
+                if thread.task is not None and not thread.task.ended:
+                    self._park(thread.task)
+                thread.task = task
+                return
 
     def _began_in_place(
         self, task: Task, before: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
@@ -373,6 +429,7 @@ class LoopTasks:
     def moved(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` were stepped: no gradient of theirs waits for that any more."""
         thread = self._thread
+        thread.left = []
         if thread.pending is not None and thread.pending.through:
             thread.pending.through = not thread.pending.reached(tensors)
         if thread.waiting:

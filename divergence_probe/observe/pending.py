@@ -29,6 +29,12 @@ _MOST_SCRIPTS = 8
 _MOST_LEVELS, _MOST_NODES = 5, 16
 
 
+#: Tasks that may take their steps in turn.
+MOST_IN_TURN = 64
+#: Of each parameter what it may have become.
+Made = list[list[weakref.ref[Tensor]]]
+
+
 @dataclass
 class Learned:
     """What was found out about the loop at one gradient line.
@@ -51,6 +57,9 @@ class Learned:
         disturbs: whether weights were put back before the step here, as they were only disturbed.
         discards: whether an update was thrown away here: each is followed to its first use.
         unmaps: whether gradients of many tasks leave the vmap here, and the update is made outside.
+        in_turn: whether tasks take their steps in turn here, so that one goes on after another.
+        unused: what became of each parameter, if the next gradient was taken at the same point.
+        unclaimed: the same of the latest that were taken for no update, as nothing used them.
     """
 
     candidates: list[int] | None = None
@@ -69,6 +78,20 @@ class Learned:
     disturbs: bool = False
     discards: bool = False
     unmaps: bool = False
+    in_turn: bool = False
+    unused: Made = field(default_factory=list)
+    unclaimed: list[Made] = field(default_factory=list)
+
+    def claims(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` are what became of the parameters once, though not used at once."""
+        return any(
+            len(made) == len(tensors)
+            and all(
+                any(reference() is tensor for reference in options)
+                for tensor, options in zip(tensors, made, strict=True)
+            )
+            for made in self.unclaimed
+        )
 
     @property
     def is_known_by_heart(self) -> bool:
@@ -80,6 +103,7 @@ class Learned:
             and self.optimizer is None
             and not self.piecewise
             and not self.discards
+            and not self.in_turn
         )
 
     def task_took(self, steps: int) -> None:

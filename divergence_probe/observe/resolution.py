@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from divergence_probe.observe.models import Models
-from divergence_probe.observe.pending import Pending
+from divergence_probe.observe.pending import MOST_IN_TURN, Made, Pending
 from divergence_probe.observe.recital import Recital
 from divergence_probe.observe.snapshot import are_whole, is_empty, shapes_of, snapshot
 from divergence_probe.observe.tensors import address_of, base_of, batched, physical
@@ -57,7 +57,7 @@ def resolve(
         return loaded
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
-    if not elsewhere and _discarded(pending, following):
+    if _discarded(pending, following, elsewhere):
         pending.flags |= FLAGS["discarded"]
         pending.learned.discards = True
         return Update([reference() for reference in pending.inputs], list(pending.before))
@@ -79,7 +79,10 @@ def resolve(
         found |= choice.value is not None and with_gradient[index]
         tensors.append(choice.tensor)
         values.append(choice.value)
-    if not found or not _is_used(pending, tensors, following):
+    if not found:
+        return None
+    if not _is_used(pending, tensors, following):
+        pending.learned.unclaimed = [*pending.learned.unclaimed[1 - MOST_IN_TURN :], _made(pending)]
         return None
     if _cut(pending, right):
         pending.flags &= ~FLAGS["second_order"]
@@ -127,19 +130,37 @@ def _loaded(pending: Pending, following: Sequence[Tensor]) -> Update | None:
     return Update(list(made), snapshot(made, copy=True))
 
 
-def _discarded(pending: Pending, following: Sequence[Tensor]) -> bool:
+def _discarded(pending: Pending, following: Sequence[Tensor], elsewhere: bool) -> bool:
     """Whether an update was made and thrown away: the next gradient is taken at the same point.
 
     A task of a single step also leads back to the base's own tensors, but there what the step made
-    was used, in the query's forward. Where that was not looked for, nothing shows it was not.
+    was used, in the query's forward. Where that was not looked for, nothing shows it was not. Nor
+    where it is kept: it may have its turn when the other tasks have begun, too. So it is until the
+    next one is made here, in a loop that forgets it.
     """
+    learned = pending.learned
     if not any(pending.candidates) or pending.used or pending.complete:
         return False
-    if len(following) != len(pending.inputs):
+    before, learned.unused = learned.unused, []
+    forgotten = bool(before) and not _are_kept(before)
+    if elsewhere:
+        return forgotten
+    if len(following) != len(pending.inputs) or any(
+        reference() is not tensor
+        for reference, tensor in zip(pending.inputs, following, strict=True)
+    ):
         return False
-    return all(
-        reference() is tensor for reference, tensor in zip(pending.inputs, following, strict=True)
-    )
+    learned.unused = _made(pending)
+    return forgotten or not _are_kept(learned.unused)
+
+
+def _made(pending: Pending) -> Made:
+    return [[candidate.tensor for candidate in options] for options in pending.candidates]
+
+
+def _are_kept(made: Made) -> bool:
+    """Whether one at least of what became of each parameter is still there."""
+    return all(any(r() is not None for r in options) for options in made if options)
 
 
 def _is_used(

@@ -204,3 +204,62 @@ def test_copies_that_are_adapted_step_by_step_in_turn_are_tasks(copies):
     assert summary.inner_steps == 3 * copies * STEPS
     steps = probe.recording.steps()
     assert steps[steps["phase"] == "query"]["task"].nunique() == 3 * copies
+
+
+def test_weights_that_are_adapted_step_by_step_in_turn_are_tasks_once_that_is_known():
+    net = network()
+    names = [name for name, _ in net.named_parameters()]
+    outer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loss(weights):
+        x, y = batch()
+        output = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
+        return F.cross_entropy(output, y)
+
+    def run():
+        for _ in range(4):
+            fasts = [list(net.parameters()) for _ in range(3)]
+            for _ in range(STEPS):
+                for i, fast in enumerate(fasts):
+                    gradients = torch.autograd.grad(loss(fast), fast, create_graph=True)
+                    fasts[i] = [w - 0.1 * g for w, g in zip(fast, gradients, strict=True)]
+            outer.zero_grad()
+            sum(map(loss, fasts)).backward()
+            outer.step()
+
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        run()
+    assert probe.diagnosis.verdict == "healthy"
+    assert any("in turn" in reason for reason in probe.diagnosis.summary.incomplete)
+    tasks = probe.recording.tasks()
+    assert list(tasks["steps"])[-9:] == [STEPS] * 9  # of all but the first outer step
+    assert 12 * STEPS - probe.diagnosis.summary.inner_steps < 6
+
+
+def test_tasks_of_a_step_whose_results_are_kept_for_later_throw_nothing_away():
+    net = network()
+    names = [name for name, _ in net.named_parameters()]
+    outer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loss(weights):
+        x, y = batch()
+        output = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
+        return F.cross_entropy(output, y)
+
+    def adapt():
+        weights = list(net.parameters())
+        gradients = torch.autograd.grad(loss(weights), weights, create_graph=True)
+        return [w - 0.1 * g for w, g in zip(weights, gradients, strict=True)]
+
+    torch.manual_seed(0)
+    with divergence_probe.attach() as probe:
+        for _ in range(6):
+            adapted = [adapt() for _ in range(4)]
+            outer.zero_grad()
+            sum(map(loss, adapted)).backward()
+            outer.step()
+    assert probe.diagnosis.verdict == "healthy"
+    assert not probe.diagnosis.findings
+    assert any("kept for later" in reason for reason in probe.diagnosis.summary.incomplete)
+    assert (probe.diagnosis.summary.tasks, probe.diagnosis.summary.inner_steps) == (21, 21)
