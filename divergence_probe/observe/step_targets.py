@@ -111,10 +111,10 @@ class Targets:
         """What parameters are that no base is known to have, or that one adapts (``trains``)."""
         session = self._session
         if not trains and any(map(session.models.begun, parameters)):
-            known, positions = self._named(parameters)
+            known, positions = self._named(parameters, pending)
             return Target(parameters, known, positions, None, outer=True)
         if self._goes_through_tasks(optimizer, parameters, pending):
-            known, positions = self._named(parameters)
+            known, positions = self._named(parameters, pending)
             return Target(parameters, known, positions, None, outer=True)
         others = self.adapted_by_others(optimizer, parameters)
         adapts = optimizer in self._tasks.of
@@ -133,7 +133,7 @@ class Targets:
             known, positions = copied
             return Target(parameters, known, positions, known, outer=False)
         equal = self._equal_to_base(parameters)
-        known, positions = equal or self._named(parameters)
+        known, positions = equal or self._named(parameters, pending)
         base = known if equal else copied[0] if copied is not None else None
         trains = trains or self._trains(optimizer, known, pending)
         moves_base = known in session.bases and not trains
@@ -143,15 +143,19 @@ class Targets:
             self.moved(known)  # by gradients that were handed to it: those of its copies, maybe
         return Target(parameters, known, positions, base, outer=base is None and moves_base)
 
-    def _named(self, parameters: list[Tensor]) -> tuple[KnownModel, list[int]]:
+    def _named(
+        self, parameters: list[Tensor], pending: Pending | None
+    ) -> tuple[KnownModel, list[int]]:
         """The model of an optimizer's parameters, and their positions in it.
 
         Where only shapes tell, they are not the weights that tasks adapt if the loss of these
-        depends on both: a penalty for each weight has the shape of the weights.
+        depends on both: a penalty for each weight has the shape of the weights. Nor if those live
+        on, and the gradient was put there by hand, as a hypergradient is.
         """
         models = self._session.models
         known, positions = named(models, parameters, parameters)
-        if models.are_beside(known, parameters):
+        by_hand = pending is None and any(p.grad is not None for p in parameters)
+        if models.are_beside(known, parameters) or (by_hand and _are_others(known, parameters)):
             known = models.beside(known, parameters)
         return known, positions
 
@@ -235,3 +239,10 @@ class Targets:
             if task.base is None and task.adapts(parameters):
                 self._session.confirm(task)  # so were they in the tasks before
         return matched
+
+
+def _are_others(known: KnownModel, parameters: list[Tensor]) -> bool:
+    """Whether nameless weights live on beside those parameters that merely have their shapes."""
+    if known.model is not None or any(known.position(p) is not None for p in parameters):
+        return False
+    return all(reference() is not None for reference in known.parameters)

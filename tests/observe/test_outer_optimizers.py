@@ -311,3 +311,28 @@ def test_a_base_that_is_adapted_in_place_once_it_is_trained() -> None:
     summary = probe.diagnosis.summary
     assert (summary.tasks, summary.inner_steps) == (2 * ROUNDS, 2 * ROUNDS * STEPS)
     assert summary.outer_steps == ROUNDS
+
+
+def test_a_hypergradient_by_hand_of_what_has_the_shape_of_the_weights_is_no_task():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.randn(30)
+    weights, decay = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    inner, outer = torch.optim.SGD([weights], lr=0.05), torch.optim.Adam([decay], lr=0.05)
+
+    def fit():
+        return ((x @ weights - y) ** 2).mean() + (decay.exp() * weights**2).sum()
+
+    with divergence_probe.attach() as probe:
+        for _ in range(5):
+            weights.data.zero_()
+            for _ in range(6):
+                inner.zero_grad()
+                fit().backward(inputs=[weights])
+                inner.step()
+            (first,) = torch.autograd.grad(((x @ weights - y) ** 2).mean(), weights)
+            (slope,) = torch.autograd.grad(fit(), weights, create_graph=True)
+            decay.grad = -torch.autograd.grad(slope, decay, first)[0]
+            outer.step()
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps) == (5, 30)
+    assert not probe.diagnosis.findings
