@@ -150,14 +150,23 @@ class Targets:
 
         Where only shapes tell, they are not the weights that tasks adapt if the loss of these
         depends on both: a penalty for each weight has the shape of the weights. Nor if those live
-        on, and the gradient was put there by hand, as a hypergradient is.
+        on, are adapted themselves, and the gradient was put there by hand, as a hypergradient is.
         """
         models = self._session.models
         known, positions = named(models, parameters, parameters)
         by_hand = pending is None and any(p.grad is not None for p in parameters)
-        if models.are_beside(known, parameters) or (by_hand and _are_others(known, parameters)):
+        if models.are_beside(known, parameters) or (
+            by_hand and self._are_others(known, parameters)
+        ):
             known = models.beside(known, parameters)
         return known, positions
+
+    def _are_others(self, known: KnownModel, parameters: list[Tensor]) -> bool:
+        """Whether nameless weights are adapted in place that merely have these shapes."""
+        if known.model is not None or any(known.position(p) is not None for p in parameters):
+            return False
+        adapted = any(t.known is known and t.base is None for t in self._tasks.latest)
+        return adapted and all(reference() is not None for reference in known.parameters)
 
     def _goes_through_tasks(
         self, optimizer: Any, parameters: list[Tensor], pending: Pending | None
@@ -239,10 +248,3 @@ class Targets:
             if task.base is None and task.adapts(parameters):
                 self._session.confirm(task)  # so were they in the tasks before
         return matched
-
-
-def _are_others(known: KnownModel, parameters: list[Tensor]) -> bool:
-    """Whether nameless weights live on beside those parameters that merely have their shapes."""
-    if known.model is not None or any(known.position(p) is not None for p in parameters):
-        return False
-    return all(reference() is not None for reference in known.parameters)
