@@ -21,6 +21,7 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import are_back, goes_up, is_undone
 from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.in_turn import InTurn
+from divergence_probe.observe.line_searches import is_another_length
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
@@ -199,6 +200,7 @@ class LoopTasks:
         if not task.in_place or task.last is None:
             return not restarts.is_overwritten(task)
         found: list[tuple[Tensor, Mark, Tensor | None, Mark | None]] = []
+        places: list[int] = []
         for i, tensor in enumerate(inputs):  # (maybe in another order than the task's own)
             place = fast.get(id(tensor))
             if tensor is None or place is None or place >= len(task.positions):
@@ -206,7 +208,10 @@ class LoopTasks:
             position = task.positions[place]
             left, mark = task.last.after[position], task.marks.get(position)
             found.append((pending.before[i], mark_of(tensor), left, mark))
-        return not found or were_left_alone(*zip(*found, strict=True))
+            places.append(position)
+        if not found or were_left_alone(*zip(*found, strict=True)):
+            return True
+        return _took_another_length(task, places, [(now, mark) for now, mark, *_ in found])
 
     def _continues_batched(self, task: Task, pending: Pending) -> bool:
         """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""
@@ -364,6 +369,8 @@ class LoopTasks:
         if task.learned is not None:
             task.learned.task_took(task.steps)
         restarts.drop_if_written(task)
+        if task.in_place:
+            _took_another_length(task, *_as_they_are(task))
         task.forwards.extend(self._used_by(task))
         if task.steps and isinstance(task.forwards.loss, float):
             thread.queries.append(task.forwards.loss)
@@ -596,3 +603,38 @@ class LoopTasks:
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task
         return None
+
+
+def _as_they_are(task: Task) -> tuple[list[int], list[tuple[Tensor, Mark]]]:
+    """Positions, values and marks of weights that were written to since the task's last step."""
+    places, found = [], []
+    for place, reference in enumerate(task.fast):
+        tensor = reference() if reference is not None else None
+        if tensor is not None and mark_of(tensor) != task.marks.get(place, mark_of(tensor)):
+            places.append(place)
+            found.append((tensor.detach().clone(), mark_of(tensor)))
+    return places, found
+
+
+def _took_another_length(
+    task: Task, places: Sequence[int], found: Sequence[tuple[Tensor, Mark]]
+) -> bool:
+    """Whether a task's last step was only tried out, and taken with another length since.
+
+    Then that is what it is recorded with.
+
+    Args:
+        task: adapts in place.
+        places: positions of its weights.
+        found: their values and marks now.
+    """
+    row, now = task.last, [value for value, _ in found]
+    if row is None or task.doubtful:
+        return False
+    if not is_another_length(gathered(row.before, places), now, gathered(row.gradients, places)):
+        return False
+    after = list(row.after)
+    for place, (value, mark) in zip(places, found, strict=True):
+        after[place], task.marks[place] = value, mark
+    row.after = after
+    return True
