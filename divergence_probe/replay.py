@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from divergence_probe.diagnosis.analysis import Analysis
 from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport
+from divergence_probe.record.damage import told_as_damage
 from divergence_probe.record.reader import Recording
 from divergence_probe.report.presented import PresentedDiagnosis
 from divergence_probe.rules.selection import INTENTS, Selection
-from divergence_probe.stored import Ending, read_ending
+from divergence_probe.stored import DIAGNOSIS, Ending, read_ending
 from divergence_probe.thresholds import Thresholds
 
 UNFINISHED = (
@@ -32,19 +33,23 @@ def replay(
         thresholds: overrides by name, over the run's own.
 
     Raises:
+        RecordingError: it is damaged beyond reading.
         UsageError: a threshold has no such name.
     """
     meta = recording.meta
-    analysis = Analysis(
-        _selection(meta.get("judgement", {}), selection or Selection()),
-        Thresholds({**meta.get("judgement", {}).get("thresholds", {}), **(thresholds or {})}),
-    )
+    with told_as_damage(recording.meta_file):
+        judged = meta.get("judgement", {})
+        chosen = _selection(judged, selection or Selection())
+        limits = {**judged.get("thresholds", {}), **(thresholds or {})}
+        ending = read_ending(recording.folder, meta)
+        seconds = float(meta.get("seconds", 0.0))
+    analysis = Analysis(chosen, Thresholds(limits))
     for block in recording.blocks():
         analysis.feed(block)
     analysis.finish()
-    ending = read_ending(recording.folder, meta)
     diagnosis = analysis.diagnosis(
         overhead=ending.overhead,
+        seconds=seconds,
         exception=ending.exception or _raised_elsewhere(recording),
         script_exit=ending.script_exit,
         recording=str(recording.folder),
@@ -54,9 +59,18 @@ def replay(
     return PresentedDiagnosis.of(_with_proof(diagnosis, ending))
 
 
+def is_end_known(recording: Recording) -> bool:
+    """Whether the recording says how the script ended; not where that was killed or is still going.
+
+    `probe run` writes an exit code last; a recording of ``attach()`` ends with its block.
+    """
+    watched_run = "judgement" in recording.meta
+    return recording.complete and (not watched_run or (recording.folder / DIAGNOSIS).exists())
+
+
 def _not_seen(recording: Recording) -> list[str]:
-    """What each rank could not see, which had no end, and which recorded nothing."""
-    sentences: list[str] = []
+    """What each rank could not see, which had no end, which recorded nothing, what is damaged."""
+    sentences: list[str] = [recording.damage] if recording.damage else []
     several = len(recording.ranks) > 1
     for rank in recording.ranks:
         meta = recording.rank_meta(rank)
@@ -65,7 +79,7 @@ def _not_seen(recording: Recording) -> list[str]:
             sentences.append(f"Rank {rank}: {UNFINISHED}" if several else UNFINISHED)
     world = int(recording.meta.get("world", 1))
     absent = [str(rank) for rank in range(world) if rank not in recording.ranks]
-    if absent:
+    if absent and world > 1:
         sentences.append(
             f"Of {world} ranks {', '.join(absent)} recorded nothing here: run every rank under "
             "`probe run`, with the same -o."

@@ -10,6 +10,7 @@ from typing import Any
 
 from divergence_probe.diagnosis.diagnosis import Diagnosis, ExceptionReport, Intervention
 from divergence_probe.errors import RecordingError
+from divergence_probe.record.damage import told_as_damage
 
 FINDINGS = "findings.json"
 DIAGNOSIS = "diagnosis.json"
@@ -66,21 +67,25 @@ def write_ending(folder: Path, diagnosis: Diagnosis) -> None:
 
 
 def read_ending(folder: Path, meta: dict[str, Any]) -> Ending:
-    """How the run ended; where ``diagnosis.json`` was never written, what ``meta.json`` knows."""
+    """How the run ended; where ``diagnosis.json`` was never written, what ``meta.json`` knows.
+
+    Raises:
+        RecordingError: ``diagnosis.json`` is damaged.
+    """
     overhead = float(meta.get("overhead_fraction", 0.0))
-    try:
-        stored = json.loads((folder / DIAGNOSIS).read_text(encoding="utf-8"))
-        return _ending(stored, overhead)
-    except (OSError, ValueError, KeyError, TypeError):
-        raised = meta.get("exception")
-        exception = ExceptionReport(**raised) if isinstance(raised, dict) else None
-        return Ending(int(exception is not None), exception, overhead)
+    path = folder / DIAGNOSIS
+    if path.exists():
+        with told_as_damage(path):
+            return _ending(json.loads(path.read_text(encoding="utf-8")), overhead)
+    raised = meta.get("exception")
+    exception = ExceptionReport(**raised) if isinstance(raised, dict) else None
+    return Ending(int(exception is not None), exception, overhead)
 
 
 def _ending(stored: dict[str, Any], overhead: float) -> Ending:
     raised, rest, cause = stored["exception"], stored["ending"], stored["root_cause"]
     return Ending(
-        script_exit=stored["script_exit"],
+        script_exit=int(stored["script_exit"]),
         exception=None
         if raised is None
         else ExceptionReport(**raised, site=rest["exception_site"]),

@@ -193,6 +193,34 @@ def test_killed_run_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads((tmp_path / "f.json").read_text())[0]["severity"] == "error"
 
 
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)", "os.abort()", "os._exit(0)"]
+)
+def test_a_run_whose_end_nobody_knows_is_no_green(
+    tmp_path: Path, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_script(tmp_path, f"import os\nfor _ in loop(0.01): pass\n{end}")
+    probe(tmp_path, "run", "-o", "rec", "train.py")
+    recording = str(tmp_path / "rec")
+    assert main(["check", recording, "--isolated"]) == 1
+    assert "not known: it was killed, or is still running\n" in capsys.readouterr().out
+    assert main(["check", recording, "--isolated", "--fail-on", "never"]) in (0, 5)
+
+
+def test_a_run_killed_before_its_exit_code_was_written_is_no_green(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_script(tmp_path, "for _ in loop(0.01): pass\nsys.exit(3)")
+    probe(tmp_path, "run", "-o", "rec", "train.py")
+    recording = str(tmp_path / "rec")
+    for fail_on in ("error", "never"):  # a script that failed counts, whatever counts besides
+        assert main(["check", recording, "--isolated", "--fail-on", fail_on]) == 1
+        assert "ended with exit code 3" in capsys.readouterr().out
+    (tmp_path / "rec" / "diagnosis.json").unlink()
+    assert main(["check", recording, "--isolated"]) == 1
+    assert "not known" in capsys.readouterr().out
+
+
 def test_interrupt_writes_the_report_and_gives_130(tmp_path: Path) -> None:
     process = _start(tmp_path, SLOW)
     time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,80 @@ def test_a_recording_from_before_there_was_some_column_is_read(
 
     assert main(["report", str(older), "--isolated"]) == 0
     assert "DIVERGED" in capsys.readouterr().out
+
+
+def damaged(recording: Path, folder: Path, name: str, content: object = None) -> str:
+    """A copy with one file of other content, or with none of it; ``meta.json`` is only changed."""
+    copy = folder / "damaged"
+    shutil.copytree(recording, copy)
+    path = copy / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    elif isinstance(content, int):
+        os.truncate(path, path.stat().st_size + content)
+    else:
+        path.unlink()
+    return str(copy)
+
+
+@pytest.mark.parametrize("name", ["rank-0/steps.arrow", "rank-0/events.arrow"])
+@pytest.mark.parametrize("content", [None, b"", b"hello world" * 100, -8, -100])
+def test_a_complete_recording_that_lost_steps_is_not_judged_as_a_whole_one(
+    recording: Path, tmp_path: Path, name: str, content: object, capsys: Captured
+) -> None:
+    path = damaged(recording, tmp_path, name, content)
+
+    for fail_on in ("error", "never"):
+        assert main(["check", path, "--fail-on", fail_on, "--isolated"]) == 2
+        told = capsys.readouterr().err
+        assert f"{path}/{name} is " in told and "record the run again" in told
+    assert main(["report", path, "--report", "concise", "--isolated"]) == 0
+    assert f"incomplete: {path}/{name} is " in capsys.readouterr().out
+    assert main(["export", path, "-o", str(tmp_path / "steps.csv")]) == 0
+    assert f"{path}/{name} is " in capsys.readouterr().err
+
+
+META = {
+    "no version": {"schema_version": None},
+    "version in words": {"schema_version": "one"},
+    "no layouts": {"layouts": []},
+    "layouts lost": {"layouts": None},
+    "odd layouts": {"layouts": [{}]},
+    "a list": b"[1]",
+    "half of it": b'{"schema_version": 1',
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_a_damaged_meta_file_is_named(
+    recording: Path, tmp_path: Path, name: str, capsys: Captured
+) -> None:
+    path = damaged(recording, tmp_path, "meta.json", META[name])
+
+    for command in (["check"], ["report"], ["export", "-o", str(tmp_path / "steps.csv")]):
+        assert main([command[0], path, *command[1:]]) == 2
+        assert f"{path}/meta.json is damaged" in capsys.readouterr().err
+
+
+def test_other_damage_is_named(recording: Path, tmp_path: Path, capsys: Captured) -> None:
+    for number, (name, content) in enumerate(
+        [
+            ("meta.json", {"judgement": None}),
+            ("meta.json", {"seconds": "long"}),
+            ("diagnosis.json", b"{"),
+            ("diagnosis.json", b'{"script_exit": null}'),
+        ]
+    ):
+        path = damaged(recording, tmp_path / str(number), name, content)
+        assert main(["check", path, "--isolated"]) == 2
+        assert f"{path}/{name} is damaged" in capsys.readouterr().err
+    for number, content in enumerate([b"{", b'{"a": 1}', b"[1]"]):
+        path = damaged(recording, tmp_path / f"findings-{number}", "findings.json", content)
+        target = str(tmp_path / "findings.csv")
+        assert main(["export", path, "--table", "findings", "-o", target]) == 2
+        assert f"{path}/findings.json is damaged" in capsys.readouterr().err
 
 
 def test_report_and_check_honour_the_selection(recording: Path, capsys: Captured) -> None:

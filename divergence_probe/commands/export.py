@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ class Export(Command):
                 f"-o {path}: the ending must be one of {', '.join(_WRITERS)}; it says the format."
             )
         check_writable(path)
-        table = _table(Recording(arguments.recording), arguments.table)
+        recording = Recording(arguments.recording)
+        table = _table(recording, arguments.table)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             write(table, temporary)
@@ -66,6 +68,8 @@ class Export(Command):
         finally:
             temporary.unlink(missing_ok=True)
         print(f"{path}: {len(table)} rows of {arguments.table}")
+        if recording.damage:
+            print(f"probe: {recording.damage}", file=sys.stderr)
         return 0
 
 

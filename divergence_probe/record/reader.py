@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
+import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from divergence_probe.errors import RecordingError
+from divergence_probe.record.damage import flaw_of, told_as_damage, valid
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     PARAMETER_COLUMNS,
@@ -27,38 +31,32 @@ from divergence_probe.record.schema import (
 if TYPE_CHECKING:
     import pandas as pd
 
+_STREAMS = ("steps.arrow", "events.arrow")
+
 
 class Recording:
-    """A recording folder, finished or not; a cut-off tail is ignored.
+    """A recording folder, finished or not; a cut-off tail is left out, see :attr:`damage`.
 
     Args:
         folder: as written by ``probe run -o FOLDER``.
 
     Raises:
-        RecordingError: there is no recording, or it was written by a newer version.
+        RecordingError: there is no recording, it is damaged beyond reading, or it was written by a
+            newer version.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self._meta_file()
         try:
-            self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.meta: dict[str, Any] = _read_meta(self.meta_file)
         except FileNotFoundError as error:
             raise RecordingError(
                 f"'{self.folder}' holds no recording (no meta.json). Give the folder that "
                 "`probe run -o FOLDER` wrote; by default they are under .probe/."
             ) from error
-        except (OSError, ValueError) as error:
-            raise RecordingError(
-                f"{path} cannot be read ({error}). Record the run again."
-            ) from error
-        if self.meta.get("schema_version", 0) > SCHEMA_VERSION:
-            raise RecordingError(
-                f"{self.folder} was written by a newer version "
-                f"({self.meta.get('tool_version')}). Upgrade divergence-probe to read it."
-            )
 
-    def _meta_file(self) -> Path:
+    @property
+    def meta_file(self) -> Path:
         """Rank 0's; where that never wrote any (it is on another machine), the lowest rank's."""
         own = [self.folder / f"rank-{rank}" / "meta.json" for rank in self.ranks]
         candidates = [self.folder / "meta.json", *own]
@@ -72,11 +70,36 @@ class Recording:
 
     def rank_meta(self, rank: int) -> dict[str, Any]:
         """What one rank's process wrote about itself; rank 0's is the recording's own."""
+        path = self._rank_meta_file(rank)
+        return self.meta if path == self.meta_file else _read_meta(path)
+
+    def _rank_meta_file(self, rank: int) -> Path:
         path = self.folder / f"rank-{rank}" / "meta.json"
-        if rank and path.exists():
-            own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return own
-        return self.meta
+        return path if rank and path.exists() else self.meta_file
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank wrote its recording to the end; False while one is still at it."""
+        return all(self.rank_meta(rank).get("complete") for rank in (self.ranks or [0]))
+
+    @cached_property
+    def damage(self) -> str | None:
+        """What is not there any more of a recording that was complete, in a sentence; else None.
+
+        (Where a run was killed, a tail that is cut off is as it should be.)
+        """
+        leader = [0] if (self.folder / "meta.json").exists() else []
+        for rank in sorted({*leader, *self.ranks}):
+            if not self.rank_meta(rank).get("complete"):
+                continue
+            for path in (self.folder / f"rank-{rank}" / name for name in _STREAMS):
+                flaw = flaw_of(path)
+                if flaw is not None:
+                    return (
+                        f"{path} {flaw}, though the run had written all of it, so nobody knows "
+                        "what else there was. Restore the file, or record the run again."
+                    )
+        return None
 
     def blocks(self) -> Iterator[Block]:
         """Every block as it was recorded, events with the rows they precede.
@@ -90,13 +113,17 @@ class Recording:
     def _rank_blocks(self, rank: int) -> Iterator[Block]:
         folder = self.folder / f"rank-{rank}"
         meta = self.rank_meta(rank)
-        layouts = [Layout.from_json(i, data) for i, data in enumerate(meta.get("layouts", []))]
-        sites = meta.get("sites", [])
-        events = _Events(folder / "events.arrow")
-        for batch in _batches(folder / "steps.arrow"):
-            layout = layouts[batch.column("layout")[0].as_py()]
-            until = float(batch.column("seconds")[batch.num_rows - 1].as_py())
-            yield _block(batch, layout, sites, events.until(until), rank)
+        meta_file = self._rank_meta_file(rank)
+        with told_as_damage(meta_file):
+            layouts = [Layout.from_json(i, data) for i, data in enumerate(meta.get("layouts", []))]
+            sites = list(meta.get("sites", ()))
+        with told_as_damage(folder):
+            events = _Events(folder / "events.arrow")
+            for batch in _batches(folder / "steps.arrow"):
+                with told_as_damage(meta_file):
+                    layout = _layout(batch, layouts)
+                until = float(batch.column("seconds")[batch.num_rows - 1].as_py())
+                yield _block(batch, layout, sites, events.until(until), rank)
         rest = events.until(float("inf"))
         if rest:
             layout = layouts[0] if layouts else Layout(0, "", ())
@@ -135,6 +162,24 @@ class Recording:
         return tables.findings(self)
 
 
+def _read_meta(path: Path) -> dict[str, Any]:
+    """The content of a ``meta.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RecordingError: it is damaged, or was written by a newer version.
+    """
+    with told_as_damage(path):
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = int(meta["schema_version"])
+    if version > SCHEMA_VERSION:
+        raise RecordingError(
+            f"{path.parent} was written by a newer version ({meta.get('tool_version')}). "
+            "Upgrade divergence-probe to read it."
+        )
+    return meta
+
+
 def _began(block: Block) -> float:
     """When a block's first row was taken, or its first event happened; seconds."""
     if len(block):
@@ -167,19 +212,26 @@ def _decode(batch: pa.RecordBatch) -> Iterator[Event]:
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """The whole batches of a stream; one cut off in the middle ends it quietly."""
-    if not path.exists():
-        return
-    with pa.OSFile(str(path)) as file:
-        try:
-            stream = pa.ipc.open_stream(file)
-        except (pa.ArrowInvalid, OSError):
-            return
+    """The whole batches of a stream; one cut off in the middle, or damaged, ends it quietly."""
+    with (
+        contextlib.suppress(StopIteration, pa.ArrowException, OSError),
+        pa.OSFile(os.fsencode(path)) as file,
+    ):
+        stream = pa.ipc.open_stream(file)
         while True:
-            try:
-                yield stream.read_next_batch()
-            except (StopIteration, pa.ArrowInvalid, OSError):
-                return
+            yield valid(stream.read_next_batch())
+
+
+def _layout(batch: pa.RecordBatch, layouts: list[Layout]) -> Layout:
+    """The names behind a batch's list columns.
+
+    Raises:
+        LookupError: they are not there.
+    """
+    number, width = int(batch.column("layout")[0].as_py()), len(batch.column("norm_before")[0])
+    if not 0 <= number < len(layouts) or len(layouts[number].parameters) != width:
+        raise LookupError(f"the names of the {width} parameters of layout {number} are not there")
+    return layouts[number]
 
 
 def _block(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from divergence_probe.record.damage import told_as_damage
 from divergence_probe.record.schema import (
     BATCH_NORM_COLUMNS,
     MISSING,
@@ -107,4 +108,6 @@ def findings(recording: Recording) -> pd.DataFrame:
     path = recording.folder / "findings.json"
     if not path.exists():
         return pd.DataFrame()
-    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+    with told_as_damage(path):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return pd.DataFrame([dict(row) for row in rows])
