@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -126,32 +129,55 @@ class Thresholds:
     """The numbers in force: the defaults with the user's overrides.
 
     Args:
-        overrides: name to value.
+        overrides: name to value, a finite number from 0 on.
 
     Raises:
-        UsageError: for a name that is not in the catalogue.
+        UsageError: for a name that is not in the catalogue, and for a value that is no such number.
     """
 
     def __init__(self, overrides: Mapping[str, float] | None = None) -> None:
-        for name in overrides or {}:
-            if name not in _BY_NAME:
-                close = difflib.get_close_matches(name, _BY_NAME, n=1)
-                hint = f" Did you mean {close[0]}?" if close else ""
-                raise UsageError(
-                    f"There is no threshold named {name!r}.{hint} "
-                    f"Thresholds: {', '.join(sorted(_BY_NAME))}."
-                )
-        self._values = {t.name: t.default for t in CATALOGUE} | dict(overrides or {})
+        given = {} if overrides is None else overrides
+        if not isinstance(given, Mapping):
+            raise UsageError(
+                f"Thresholds are {given!r}; write names and numbers, as {{'norm-growth': 5.0}}."
+            )
+        self._values = {t.name: t.default for t in CATALOGUE}
+        self._values |= {_known(name): _number(name, value) for name, value in given.items()}
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
+
+
+def _known(name: str) -> str:
+    if name in _BY_NAME:
+        return name
+    close = difflib.get_close_matches(str(name), _BY_NAME, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UsageError(
+        f"There is no threshold named {name!r}.{hint} Thresholds: {', '.join(sorted(_BY_NAME))}."
+    )
+
+
+def _number(name: str, value: object) -> float:
+    number = math.nan
+    if isinstance(value, numbers.Real) and type(value) is not bool:
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    # All are ratios, fractions and counts; nothing is above nan or infinity: a rule that compared
+    # with them would be silenced unseen.
+    if not 0 <= number < math.inf:
+        raise UsageError(
+            f"Threshold {name} is {value!r}; write a finite number from 0 on. What silences a rule "
+            "is ignore."
+        )
+    return number
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, float]:
     """``["norm-growth=5"]`` to ``{"norm-growth": 5.0}``.
 
     Raises:
-        UsageError: where a text is not ``NAME=VALUE`` with a number.
+        UsageError: where a text is not ``NAME=VALUE`` with a number that will do.
     """
     overrides = {}
     for text in texts:

@@ -301,6 +301,7 @@ USAGE = {
     "unknown code": (["--select", "ZZ9", "s.py"], "--select: .*'ZZ9'.*probe rule --all"),
     "unknown intent": (["--intent", "reptil", "s.py"], "Unknown intent 'reptil'"),
     "unknown threshold": (["--threshold", "norm-grwth=3", "s.py"], "Did you mean norm-growth"),
+    "nan": (["--threshold", "norm-growth=nan", "s.py"], "norm-growth is nan; write a finite"),
     "no number": (["--threshold", "norm-growth=x", "s.py"], "NAME=VALUE"),
     "unknown format": (["--report", "htm", "s.py"], "Did you mean 'html'"),
     "json is a folder": (["--json", ".", "s.py"], "Cannot write.*folder"),
