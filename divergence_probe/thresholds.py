@@ -160,7 +160,7 @@ def _known(name: str) -> str:
 
 def _number(name: str, value: object) -> float:
     number = math.nan
-    if isinstance(value, numbers.Real) and type(value) is not bool:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
         with contextlib.suppress(OverflowError):
             number = float(value)
     # All are ratios, fractions and counts; nothing is above nan or infinity: a rule that compared

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -56,9 +57,9 @@ class RunOptions:
     confirm_timeout: float | None = None
     inner_optimizer: str | None = None
 
-    @property
+    @cached_property
     def title(self) -> str:
-        """The script's file name, or the module's name."""
+        """The script's file name, or the module's name; of before the script went elsewhere."""
         target = self.target
         return target.module or Path(os.path.abspath(target.script or "")).name
 
@@ -202,13 +203,14 @@ class _WatchedRun:
         elif self._options.confirm:
             diagnosis = self._confirm(diagnosis)
         stream = self._stream()
-        registry.write(
-            diagnosis,
-            self._options.destinations,
-            stream,
-            width=width_of(stream),
-            color=wants_color(stream),
-        )
+        with contextlib.suppress(OSError):  # nobody to show it to is no failure: files are written
+            registry.write(
+                diagnosis,
+                self._options.destinations,
+                stream,
+                width=width_of(stream),
+                color=wants_color(stream),
+            )
         for failure in self._failures:
             self._say(f"probe: {failure}")
         return self._code(diagnosis)
@@ -222,7 +224,8 @@ class _WatchedRun:
             from divergence_probe.report import registry
 
             self._explain(outcome, diagnosis)
-            registry.write(diagnosis, (("concise", None),), self._stream(), width=80, color=False)
+            with contextlib.suppress(OSError):
+                registry.write(diagnosis, (("concise", None),), self._stream(), width=80)
         for failure in self._failures:
             self._say(f"probe: rank {self._place.rank}: {failure}")
         return 0
@@ -309,7 +312,9 @@ class _WatchedRun:
 
     def _stream(self) -> TextIO:
         """The stderr of before the script, which may have closed or replaced it."""
-        if self._stderr is not None and not self._stderr.closed:
+        if self._stderr is None:  # closed from the start: what is number 2 now is another's file
+            return io.StringIO()
+        if not self._stderr.closed:
             return self._stderr
         try:
             return open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115

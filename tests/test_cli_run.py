@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -133,6 +134,49 @@ def test_a_failing_probe_gives_2_and_the_script_goes_on(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (2, "done\n")
     assert "switched itself off" in ended.stderr and "No space left" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+UNWRITABLE = {
+    "full": ("2>/dev/full", "", 1e6),
+    "closed": ("2>&-", "", 0.01),
+    "a pipe nobody reads": ("2>&1 >/dev/null | true", "", 0.01),
+    "closed by the script": ("", "import os; os.close(2)", 1e6),
+    "taken by the script": ("2>&-", "taken = [open('theirs', 'w') for _ in range(3)]", 1e6),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_nobody_to_show_the_report_to_is_no_failure(tmp_path: Path, case: str) -> None:
+    redirected, line, rate = UNWRITABLE[case]
+    code = int(rate > 1)
+    write_script(tmp_path, f"{line}\nfor _ in loop({rate}): pass")
+    words = shlex.join(command("run", "-o", "rec", "--json", "r.json", "train.py"))
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{words} {redirected}"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert strict_json(tmp_path / "r.json")["verdict"] == ("diverged" if code else "healthy")
+    assert not (tmp_path / "theirs").exists() or not (tmp_path / "theirs").read_text()
+
+
+def test_a_working_directory_that_is_removed_takes_no_report_with_it(tmp_path: Path) -> None:
+    write_script(
+        tmp_path,
+        """
+        import os
+        for _ in loop(1e6): pass
+        os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone")
+        """,
+    )
+    ended = probe(tmp_path, "run", "-o", "rec", "--json", "r.json", "train.py")
+    assert ended.returncode == 1
+    assert "DIVERGED   train.py" in ended.stderr and "failed" not in ended.stderr
+    assert strict_json(tmp_path / "r.json")["verdict"] == "diverged"
+    assert main(["check", str(tmp_path / "rec"), "--isolated"]) == 1
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])

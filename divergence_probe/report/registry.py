@@ -8,6 +8,7 @@ object with these two attributes, in the entry-point group ``divergence_probe.re
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import importlib
 import os
@@ -101,7 +102,7 @@ def _format(name: str) -> Format:
 def write(
     diagnosis: Diagnosis,
     destinations: Iterable[Destination],
-    stream: TextIO,
+    stream: TextIO | None,
     *,
     width: int | None = None,
     color: bool = False,
@@ -109,10 +110,13 @@ def write(
 ) -> None:
     """Write the diagnosis to each destination; those without a path go to ``stream``.
 
+    Files come first: the stream may have gone away, and they must be there all the same.
+
     Args:
         diagnosis: what to show.
         destinations: as :func:`parse_destination` gives them.
-        stream: where formats without a path go; characters its encoding lacks are replaced.
+        stream: where formats without a path go, None for one that was closed before python began;
+            characters its encoding lacks are replaced.
         width: cells of a line in the terminal report; by default 80 on a stream, 100 in a file.
         color: whether the stream takes escape codes; files never get them.
         ascii_only: True draws with ASCII on the stream, None only where its encoding asks for it.
@@ -121,8 +125,10 @@ def write(
         UsageError: for a format that does not exist.
         ProbeError: when a report failed or its file cannot be written; the others are written
             all the same.
+        OSError: the stream cannot be written, and nothing else has failed.
     """
     failed: list[str] = []
+    shown: list[str] = []
     for name, path in destinations:
         chosen = _format(name)
         try:
@@ -134,8 +140,7 @@ def write(
             continue
         if path is None:
             encoding = "ascii" if ascii_only else getattr(stream, "encoding", None) or "utf-8"
-            stream.write(for_encoding(text, encoding))
-            stream.flush()
+            shown.append(for_encoding(text, encoding))
             continue
         try:
             _write_whole(path, text)
@@ -145,8 +150,20 @@ def write(
                 f"The {name} report cannot be written to {path}: {reason}. "
                 "Name a file you may write to, as --report FORMAT:PATH."
             )
-    if failed:
-        raise ProbeError("\n".join(failed))
+    try:
+        _show("".join(shown), stream)
+    finally:
+        if failed:
+            raise ProbeError("\n".join(failed))
+
+
+def _show(text: str, stream: TextIO | None) -> None:
+    if not text:
+        return
+    if stream is None or stream.closed:
+        raise OSError(errno.EBADF, "it is closed")
+    stream.write(text)
+    stream.flush()
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -90,6 +90,19 @@ def test_unwritable_file_is_said_and_the_others_are_written(tmp_path: Path) -> N
     assert good.exists()
 
 
+def test_a_stream_that_cannot_be_written_takes_no_file_with_it(tmp_path: Path) -> None:
+    path, closed = tmp_path / "report.json", io.StringIO()
+    closed.close()
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    for stream in (full, closed, None):
+        with pytest.raises(OSError, match=r"No space|closed"):
+            registry.write(samples.healthy(), [("concise", None), ("json", path)], stream)
+        assert path.read_text().startswith("{")
+        path.unlink()
+        with pytest.raises(ProbeError, match="it is a folder"):
+            registry.write(samples.healthy(), [("rich", None), ("json", tmp_path)], stream)
+
+
 class _AsciiStream(io.StringIO):
     encoding = "ascii"
 
