@@ -62,8 +62,18 @@ def read_config(folder: Path) -> Config:
 
 
 def _pyproject(path: Path) -> tuple[str, dict[str, Any] | None]:
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-    return "tool.divergence_probe", content.get("tool", {}).get("divergence_probe")
+    section = "tool.divergence_probe"
+    values: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    for key in section.split("."):
+        values = values.get(key)
+        if values is None:
+            break
+        if not isinstance(values, dict):
+            raise UsageError(
+                f"{path}: {key} is {values!r}; write a table, [{section}], or add --isolated to do "
+                "without."
+            )
+    return section, values
 
 
 def _setup_cfg(path: Path) -> tuple[str, dict[str, Any] | None]:

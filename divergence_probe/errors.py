@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+
+_TRACEBACK = "DIVERGENCE_PROBE_TRACEBACK"
+
 
 class ProbeError(Exception):
     """Base of all errors shown to a person; the message says what, where and the remedy."""
@@ -30,3 +35,19 @@ class DivergenceDetected(ProbeError):  # noqa: N818 - it reads as what happened,
     def __init__(self, message: str, findings: tuple[object, ...] = ()) -> None:
         super().__init__(message)
         self.findings = findings
+
+
+def fault_of_ours(error: Exception) -> str:
+    """What to say of an exception that nobody foresaw; with its traceback where that is asked for.
+
+    Set ``DIVERGENCE_PROBE_TRACEBACK=1`` in the environment to ask.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = (
+        f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}, line "
+        f"{frame.lineno}). This is a fault of the probe's own: please report it, with the "
+        f"traceback that {_TRACEBACK}=1 in the environment shows."
+    )
+    if os.environ.get(_TRACEBACK):
+        return "".join(traceback.format_exception(error)) + said
+    return said

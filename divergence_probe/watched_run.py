@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from divergence_probe import recording_folder, runner
 from divergence_probe.commands.options import Destination, Judgement
-from divergence_probe.errors import ProbeError, UsageError
+from divergence_probe.errors import ProbeError, UsageError, fault_of_ours
 from divergence_probe.progress import ProgressLine
 from divergence_probe.ranks import Place, place
 from divergence_probe.terminal import wants_color, width_of
@@ -140,11 +139,9 @@ class _WatchedRun:
             self._say(f"probe: {error}")
             code = FAILED
         except Exception as error:  # noqa: BLE001 - the script's exit code must get through
-            at = traceback.extract_tb(error.__traceback__)[-1]
             self._say(
-                f"probe: the report failed: {type(error).__name__}: {error} ({at.name}, line "
-                f"{at.lineno}). The recording is kept: probe report {self._label}. "
-                "Please report this."
+                f"probe: The report failed; the recording is kept: probe report {self._label}. "
+                f"{fault_of_ours(error)}"
             )
             code = FAILED
         return outcome.exit_code or code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from divergence_probe.commands.base import Command
 from divergence_probe.commands.run import Run, split_options
 from divergence_probe.rules.registry import all_rules
 
+from .command_line import command as command_line
 from .command_line import environment, probe
 
 Captured = pytest.CaptureFixture[str]
@@ -74,6 +76,64 @@ def test_every_command_has_help(capsys: Captured) -> None:
         assert command.summary().endswith((".", "up."))
         assert main([name, "--help"]) == 0
         assert command.summary()[:40] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "told"),
+    [
+        (">/dev/full", 2, "Cannot write to standard output: No space left"),
+        (">&-", 2, "Standard output is closed"),
+        ("| true", 141, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said(
+    recording: Path, tmp_path: Path, redirected: str, code: int, told: str
+) -> None:
+    for arguments in (["check", recording], ["rule", "--all"], ["--version"]):
+        words = shlex.join(command_line(*arguments))
+        ended = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{words} {redirected}"],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == code
+        assert told in ended.stderr and "Traceback" not in ended.stderr
+        assert ended.stderr.count("\n") == bool(told)
+
+
+def test_reports_go_to_files_where_stdout_is_closed(recording: Path, tmp_path: Path) -> None:
+    words = shlex.join(command_line("report", recording, "--json", "r.json"))
+    ended = subprocess.run(f"{words} >&-", shell=True, cwd=tmp_path, env=environment())
+    assert ended.returncode == 2
+    assert json.loads((tmp_path / "r.json").read_text())["verdict"] == "diverged"
+
+
+def test_a_working_directory_that_is_gone_is_said(
+    recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["check", str(recording)]) == 2
+    assert "directory has been removed" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_probe_is_no_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def broken(*_: object) -> int:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(Run, "run", broken)
+    monkeypatch.delenv("DIVERGENCE_PROBE_TRACEBACK", raising=False)
+    assert main(["run", "train.py"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("probe: KeyError: 'no such thing' (test_commands.py, line ")
+    assert "please report it" in told and "Traceback" not in told
+    monkeypatch.setenv("DIVERGENCE_PROBE_TRACEBACK", "1")
+    assert main(["run", "train.py"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_third_party_command_is_found_and_a_broken_one_left_out(

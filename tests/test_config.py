@@ -92,6 +92,19 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tool = 3", r"tool is 3; write a table, \[tool.divergence_probe\]"),
+        ("[tool]\ndivergence_probe = []", r"divergence_probe is \[\]; write a table"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_config(tmp_path)
+
+
 def test_unknown_code_in_a_file_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
