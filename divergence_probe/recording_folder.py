@@ -46,6 +46,11 @@ def prepare(asked: Path | None, name: str, *, force: bool = False, place: Place 
     return folder
 
 
+def is_kept(folder: Path, place: Place = ALONE) -> bool:
+    """Whether what was recorded is still there; a script may have cleared its own folders."""
+    return (folder / f"rank-{place.rank}" / "steps.arrow").exists()
+
+
 def _shared(parent: Path, name: str, place: Place) -> Path:
     """A folder that every rank on this machine calls the same: by what launched them."""
     if place.local_world < place.world:

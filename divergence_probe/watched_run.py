@@ -139,10 +139,9 @@ class _WatchedRun:
             self._say(f"probe: {error}")
             code = FAILED
         except Exception as error:  # noqa: BLE001 - the script's exit code must get through
-            self._say(
-                f"probe: The report failed; the recording is kept: probe report {self._label}. "
-                f"{fault_of_ours(error)}"
-            )
+            self._say(f"probe: The report failed. {fault_of_ours(error)}")
+            if self._is_kept:
+                self._say(f"probe: The recording is kept: probe report {self._label}")
             code = FAILED
         return outcome.exit_code or code
 
@@ -173,31 +172,26 @@ class _WatchedRun:
 
     def _conclude(self, outcome: runner.Outcome) -> int:
         from divergence_probe.report import registry
-        from divergence_probe.stored import write_ending
 
         diagnosis: Diagnosis = replace(
             self._probe.diagnosis,
             script_exit=outcome.exit_code,
             title=self._options.title,
-            recording=self._label,
+            recording=self._label if self._is_kept else None,
         )
         if self._probe.failure is not None:
             self._failures.append(f"The probe switched itself off: {self._probe.failure}")
+        if not self._is_kept:
+            self._failures.append(
+                f"The folder of the recording, {self._label}, was removed during the run: nothing "
+                "of it is kept. The report is of what was seen."
+            )
         if not self._place.leads:
             return self._follow(outcome, diagnosis)
-        if self._place.several:
-            diagnosis = self._of_all_ranks(diagnosis)
-        try:
-            write_ending(self._folder, diagnosis)
-        except ProbeError as error:
-            self._failures.append(str(error))
+        if self._is_kept:
+            diagnosis = self._stored(diagnosis)
         self._explain(outcome, diagnosis)
-        if self._options.confirm and self._place.several:
-            self._say(
-                "probe: --confirm runs the script again by itself, which cannot be done with one "
-                "of several ranks: nothing was run again."
-            )
-        elif self._options.confirm:
+        if self._options.confirm:
             diagnosis = self._confirm(diagnosis)
         stream = self._stream()
         with contextlib.suppress(OSError):  # nobody to show it to is no failure: files are written
@@ -211,6 +205,23 @@ class _WatchedRun:
         for failure in self._failures:
             self._say(f"probe: {failure}")
         return self._code(diagnosis)
+
+    @cached_property
+    def _is_kept(self) -> bool:
+        """Whether the script has left the recording where it is; asked once that has ended."""
+        return recording_folder.is_kept(self._folder, self._place)
+
+    def _stored(self, diagnosis: Diagnosis) -> Diagnosis:
+        """The diagnosis, of all ranks where there are several, once it is in the recording."""
+        from divergence_probe.stored import write_ending
+
+        if self._place.several:
+            diagnosis = self._of_all_ranks(diagnosis)
+        try:
+            write_ending(self._folder, diagnosis)
+        except ProbeError as error:
+            self._failures.append(str(error))
+        return diagnosis
 
     def _follow(self, outcome: runner.Outcome, diagnosis: Diagnosis) -> int:
         """Leave the reports to rank 0; it may not live to write them where this rank failed.
@@ -262,6 +273,15 @@ class _WatchedRun:
         from divergence_probe.rules.selection import Selection
         from divergence_probe.stored import write_ending
 
+        if self._place.several:
+            self._say(
+                "probe: --confirm runs the script again by itself, which cannot be done with one "
+                "of several ranks: nothing was run again."
+            )
+            return diagnosis
+        if not self._is_kept:
+            self._say("probe: --confirm needs the recording, which is gone: nothing was run again.")
+            return diagnosis
         options, judgement = self._options, self._options.judgement
         seconds = time.perf_counter() - self._started
         common = confirmation.Rerun(

@@ -179,6 +179,29 @@ def test_a_working_directory_that_is_removed_takes_no_report_with_it(tmp_path: P
     assert main(["check", str(tmp_path / "rec"), "--isolated"]) == 1
 
 
+@pytest.mark.parametrize("instead", ["", "os.mkdir('rec')"])
+def test_a_recording_that_the_script_removes_is_said_once(tmp_path: Path, instead: str) -> None:
+    write_script(
+        tmp_path,
+        f"""
+        import os, shutil
+        for _ in loop(0.01): pass
+        shutil.rmtree("rec")
+        {instead}
+        for _ in loop(1e6, ways=5): pass  # of other shapes: names that were not written down yet
+        """,
+    )
+    ended = probe(tmp_path, "run", "-o", "rec", "--confirm", "--json", "r.json", "train.py")
+    assert ended.returncode == 1
+    assert "DIVERGED" in ended.stderr and "switched itself off" not in ended.stderr
+    told = [line for line in ended.stderr.splitlines() if line.startswith("probe: ")]
+    assert len(told) == 2 and "--confirm needs the recording" in told[0]
+    assert "rec, was removed during the run" in told[1]
+    assert "probe report rec" not in ended.stderr
+    content = strict_json(tmp_path / "r.json")
+    assert (content["verdict"], content["summary"]["tasks"]) == ("diverged", 4)
+
+
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_worker_processes_do_not_record(tmp_path: Path, method: str) -> None:
     write_script(

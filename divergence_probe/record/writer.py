@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,12 +131,16 @@ class Writer:
             self._files[1].flush()
 
     def describe(self, changes: Mapping[str, Any] | tuple[()]) -> None:
-        """Update ``meta.json``."""
+        """Update ``meta.json``; nothing where the folder has been removed meanwhile.
+
+        The streams are open and take what comes: that is lost, but the watching goes on.
+        """
         self._meta.update(changes)
         target = self._meta_file
         temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(self._meta, indent=1), encoding="utf-8")
-        os.replace(temporary, target)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.write_text(json.dumps(self._meta, indent=1), encoding="utf-8")
+            os.replace(temporary, target)
 
     def close(self, changes: Mapping[str, Any]) -> None:
         """Finish the streams and note how the run ended."""
