@@ -179,6 +179,25 @@ def test_a_working_directory_that_is_removed_takes_no_report_with_it(tmp_path: P
     assert main(["check", str(tmp_path / "rec"), "--isolated"]) == 1
 
 
+def test_a_script_whose_name_is_no_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"tr\xff\xc3\xa9.py")
+    write_script(tmp_path, "for _ in loop(1e6): pass", name)
+    reports = [f"--report={name}:report.{name}" for name in FORMATS]
+    ended = probe(tmp_path, "run", *reports, name)
+    assert ended.returncode == 1 and "switched itself off" not in ended.stderr
+    assert all((tmp_path / f"report.{name}").exists() for name in FORMATS)
+    (folder,) = (str(path) for path in (tmp_path / ".probe").glob("2*"))
+    assert json.loads(Path(folder, "meta.json").read_text())["title"] == "tr\\udcff\u00e9.py"
+    assert main(["check", folder]) == 1
+    assert "tr\\udcff\u00e9.py:" in capsys.readouterr().out
+    for table in ("steps", "tasks", "findings"):
+        for ending in ("csv", "json", "parquet"):
+            assert main(["export", folder, "--table", table, "-o", f"t.{ending}"]) == 0
+
+
 @pytest.mark.parametrize("instead", ["", "os.mkdir('rec')"])
 def test_a_recording_that_the_script_removes_is_said_once(tmp_path: Path, instead: str) -> None:
     write_script(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from divergence_probe.record.schema import (
 
 # Arrow writes each column's pieces by themselves; together they are one call of the system.
 _BUFFER = 2**18
+_STAND_IN = re.compile("[\ud800-\udfff]")
 _JSON = json.JSONEncoder(default=str)
 _WHOLE = ("task", "step", "phase", "layout", "site", "flags", "loss_seen")
 
@@ -139,7 +141,7 @@ class Writer:
         target = self._meta_file
         temporary = target.with_name(target.name + ".tmp")
         with contextlib.suppress(FileNotFoundError):
-            temporary.write_text(json.dumps(self._meta, indent=1), encoding="utf-8")
+            temporary.write_text(_readable(self._meta), encoding="utf-8")
             os.replace(temporary, target)
 
     def close(self, changes: Mapping[str, Any]) -> None:
@@ -149,6 +151,12 @@ class Writer:
         for file in self._files:
             file.close()
         self.describe({**changes, "complete": True})
+
+
+def _readable(meta: Mapping[str, Any]) -> str:
+    """JSON that any parser takes: python's stand-ins for bytes that are no UTF-8, as escapes."""
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    return _STAND_IN.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text)
 
 
 def _steps_batch(block: Block) -> pa.RecordBatch:
@@ -185,8 +193,8 @@ def _numbers(values: npt.NDArray[Any]) -> pa.Array:
 
 
 def _strings(values: Sequence[str | None]) -> pa.Array:
-    """As :func:`_numbers`, of texts; None is null."""
-    codes = {value: (value or "").encode() for value in set(values)}
+    """As :func:`_numbers`, of texts; None is null. Bytes that are no UTF-8 become escapes."""
+    codes = {value: (value or "").encode(errors="backslashreplace") for value in set(values)}
     encoded = [codes[value] for value in values]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
     there = np.packbits([value is not None for value in values], bitorder="little")
