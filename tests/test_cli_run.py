@@ -397,6 +397,12 @@ USAGE = {
     "foreign meta.json": (["-o", "foreign", "--force", "s.py"], "replaces recordings only"),
     "fail-on": (["--fail-on", "info", "s.py"], "invalid choice: 'info'"),
     "timeout": (["--confirm-timeout", "3", "s.py"], "add --confirm"),
+    "timeout in words": (
+        ["--confirm", "--confirm-timeout", "x", "s.py"],
+        "'x' is no number of sec",
+    ),
+    "json without a path": (["--json", "", "s.py"], "--json has an empty path"),
+    "report without a path": (["--report", "json:", "s.py"], "'json:' has no path after the colon"),
     "timeout value": (["--confirm", "--confirm-timeout", "-3", "s.py"], "--confirm-timeout"),
 }
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from divergence_probe import attach
+from divergence_probe import attach, diagnose
 from divergence_probe.cli import main
 from divergence_probe.commands import registry
 from divergence_probe.commands.base import Command
@@ -307,6 +307,11 @@ def test_other_damage_is_named(recording: Path, tmp_path: Path, capsys: Captured
         target = str(tmp_path / "findings.csv")
         assert main(["export", path, "--table", "findings", "-o", target]) == 2
         assert f"{path}/findings.json is damaged" in capsys.readouterr().err
+
+
+def test_a_report_knows_how_long_the_run_was_watched(recording: Path) -> None:
+    seconds = json.loads((recording / "meta.json").read_text())["seconds"]
+    assert diagnose(recording).summary.seconds == seconds > 0
 
 
 def test_report_and_check_honour_the_selection(recording: Path, capsys: Captured) -> None:

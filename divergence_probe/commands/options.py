@@ -129,7 +129,10 @@ def add_reports(parser: argparse.ArgumentParser, stream: str) -> None:
         help=f"{_FORMATS}; without PATH on {stream}; repeatable (default: rich on {stream})",
     )
     group.add_argument(
-        "--json", metavar="PATH", action="append", help="short for --report json:PATH"
+        "--json",
+        metavar="PATH",
+        action="append",
+        help=f"short for --report json:PATH; - for {stream}",
     )
 
 
@@ -143,6 +146,8 @@ def destinations(arguments: argparse.Namespace) -> tuple[Destination, ...]:
     """
     from divergence_probe.report.registry import parse_destination
 
+    if "" in (arguments.json or ()):
+        raise UsageError("--json has an empty path; name the file to write.")
     texts = [*(arguments.report or ()), *(f"json:{path}" for path in arguments.json or ())]
     found = [_absolute(parse_destination(text)) for text in dict.fromkeys(texts)]
     paths = [path for _, path in found if path is not None]

@@ -47,7 +47,7 @@ def render(diagnosis: Diagnosis, *, width: int | None = None, color: bool = Fals
     attributes = {
         "name": _SUITE,
         **{name: str(count) for name, count in counts.items()},
-        "time": "0",
+        "time": f"{diagnosis.summary.seconds:.3f}",
     }
     suites = ElementTree.Element("testsuites", attributes)
     ElementTree.SubElement(suites, "testsuite", attributes).extend(cases)
@@ -61,6 +61,7 @@ def render(diagnosis: Diagnosis, *, width: int | None = None, color: bool = Fals
 
 def _verdict_case(diagnosis: Diagnosis) -> ElementTree.Element:
     case = _case("verdict", diagnosis.verdict)
+    case.set("time", f"{diagnosis.summary.seconds:.3f}")  # cases of rules take none of it
     words = "\n".join(filter(None, [why(diagnosis), fix(diagnosis), verdict_line(diagnosis)]))
     error = diagnosis.exception
     if error is not None:

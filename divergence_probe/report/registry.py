@@ -85,7 +85,7 @@ def parse_destination(text: str) -> Destination:
     _format(name)
     if colon and not path:
         raise UsageError(
-            f"--report {text}: no path after the colon; write {name}:PATH, or {name} alone."
+            f"--report '{text}' has no path after the colon; write {name}:PATH, or {name} alone."
         )
     return name, Path(path).expanduser() if path else None
 

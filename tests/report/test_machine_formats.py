@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -96,6 +97,13 @@ def test_junit_is_well_formed_and_counts_right(name: str) -> None:
     assert int(root.attrib["tests"]) == len(cases) >= 1
     for tag, attribute in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         assert int(root.attrib[attribute]) == len(root.findall(f"testsuite/testcase/{tag}"))
+
+
+def test_junit_says_how_long_the_run_was_watched() -> None:
+    healthy = samples.healthy()
+    timed = replace(healthy, summary=replace(healthy.summary, seconds=1.25))
+    root = ElementTree.fromstring(junit.render(timed))
+    assert [root.attrib["time"], root[0].attrib["time"], root[0][0].attrib["time"]] == ["1.250"] * 3
 
 
 def test_junit_fails_what_fails_the_run() -> None:
