@@ -92,6 +92,8 @@ def assert_no_divergence(
 
     if fail_on not in ("error", "warning"):
         raise UsageError(f"fail_on={fail_on!r}: choose 'error' or 'warning'.")
+    if isinstance(subject, str | os.PathLike):
+        subject = load(subject)
     diagnosis = _diagnosis_of(subject, selected(select, ignore, intent), thresholds)
     level = Severity.of(fail_on)
     failing = [finding for finding in diagnosis.findings if finding.severity >= level]
@@ -105,9 +107,19 @@ def assert_no_divergence(
         )
     if not diagnosis.summary.inner_steps:
         raise AssertionError(_unobserved())
-    if diagnosis.verdict == "unobserved":
+    if diagnosis.verdict == "unobserved" or _has_no_end(subject):
         reasons = " ".join(diagnosis.summary.incomplete)
         raise AssertionError(f"The run was not watched to its end. {reasons}")
+
+
+def _has_no_end(subject: object) -> bool:
+    """Whether a recording is damaged, or its script was killed or is still running."""
+    from divergence_probe.record.reader import Recording
+    from divergence_probe.replay import is_end_known
+
+    if not isinstance(subject, Recording):
+        return False
+    return bool(subject.damage) or not is_end_known(subject)
 
 
 def _diagnosis_of(
@@ -120,8 +132,6 @@ def _diagnosis_of(
 
     if isinstance(subject, Probe):  # before the callables: it is one, as a decorator
         subject = subject.recording if thresholds else subject.diagnosis
-    elif isinstance(subject, str | os.PathLike):
-        subject = load(subject)
     elif callable(subject) and not isinstance(subject, Recording | Diagnosis):
         with attach(thresholds=thresholds) as probe:
             subject()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,11 @@ def test_a_run_that_was_not_watched_to_its_end_fails() -> None:
         adapt(1e6)
     with pytest.raises(AssertionError, match=r"not watched to its end.*switched itself off"):
         assert_no_divergence(probe)
+
+
+def test_a_recording_without_an_end_fails(recorded: Callable[[float], Path]) -> None:
+    folder = recorded(0.01)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "complete": False}))
+    with pytest.raises(AssertionError, match=r"not watched to its end.*killed"):
+        assert_no_divergence(folder)

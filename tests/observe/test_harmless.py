@@ -19,6 +19,7 @@ from torch import nn
 import divergence_probe
 from divergence_probe.errors import DivergenceDetected
 from divergence_probe.observe.session import Session
+from divergence_probe.record.writer import Writer
 
 RATE, TASKS, STEPS = 0.05, 3, 4
 OPTIMIZER = sys.modules["torch.optim.optimizer"]  # the module takes itself off its package
@@ -369,7 +370,15 @@ def test_a_recording_that_cannot_be_finished_does_not_reach_the_user(tmp_path, m
     with divergence_probe.attach(output="gone") as probe:
         by_hand(Net())
         shutil.rmtree("gone")
-    assert probe.failure is not None
+    assert probe.failure is None and probe.diagnosis.summary.tasks == TASKS
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "close", full)
+    with divergence_probe.attach() as probe:
+        by_hand(Net())
+    assert "No space left" in probe.failure
     assert any("switched itself off" in reason for reason in probe.diagnosis.summary.incomplete)
 
 
