@@ -39,11 +39,13 @@ def descent(frame: Frame) -> Array:
 
 @once_a_frame
 def collinearity(frame: Frame) -> Array:
-    """``[S]`` |cosine| between update and gradient, over all parameters."""
-    rates = frame.block.parameters["step_rate"]
+    """``[S]`` the part of an update's norm that lies along each parameter's own gradient, 0 to 1.
+
+    (Each parameter may have a rate of its own.)
+    """
+    along = np.abs(frame.block.parameters["step_rate"]) * known(frame, "gradient_norm")
     with np.errstate(all="ignore"):
-        product = known_sum(np.abs(rates) * known(frame, "gradient_norm") ** 2)
-        return np.asarray(product / (whole(frame, "gradient_norm") * whole(frame, "update_norm")))
+        return np.asarray(np.sqrt(known_sum(along**2)) / whole(frame, "update_norm"))
 
 
 def median_rate(frame: Frame, row: int) -> float:

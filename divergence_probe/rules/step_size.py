@@ -26,6 +26,8 @@ _SPACING = {"float32": 2.0**-24, "float64": 2.0**-53}
 _PLAIN = ("SGD", "MAML", "DifferentiableSGD", "MetaSGD")
 # Of a rate, read off norms: what rounding leaves of it.
 _SAME_RATE = 0.999
+# Of an update: how much of it lies along the gradient where it is rate x gradient.
+_STRAIGHT = 0.999
 # Tasks that show by themselves that nothing moves.
 _TELLING = 8
 _RESOLUTION = 1e-6  # a few float32 ulps of a whole tensor's norm
@@ -170,7 +172,11 @@ class IneffectiveStep(Rule):
             lowest = float(np.fmin.reduce(rates[moved & (sites == site)]))
             self._rates[rank, site] = min(lowest, self._rates.get((rank, site), math.inf))
         needed = np.array([self._rates.get((rank, site), math.inf) for site in sites.tolist()])
-        return np.asarray(rates + hidden >= _SAME_RATE * needed)
+        same = rates + hidden >= _SAME_RATE * needed
+        # What does not go down its gradient holds more than rate x gradient (a correction that
+        # cancels it, say), and no rate is to be read off it.
+        same |= by_hand & np.isfinite(needed) & (_beside(frame) > lost)
+        return np.asarray(same)
 
     def _rounded_away(self, frame: Frame, row: int, lever: float) -> Finding:
         """Not one weight moved: which is the closest to it, and what would move it."""
@@ -206,8 +212,10 @@ class NegativeLearningRate(Rule):
     ## What it does
     Compares each update with its gradient. Where a parameter's update points up its own gradient
     (or the recorded learning rate is negative) and the support loss rises, the rate is negative.
-    A remark where it may be meant: where every step so far climbed (a likelihood is maximised), or
-    what climbs is no weight of a base (an input under attack, say).
+    A remark where it may be meant: where every step at its line climbed so far (a likelihood is
+    maximised, SAM looks uphill before it steps), or what climbs is no weight of a base (an input
+    under attack, say). A rate is read off an update only where that goes along the gradient: what
+    else is in it (control variates, a proximal term) may point up the gradient by itself.
 
     ## Why it is bad
     The inner loop un-learns the support set. The outer loss may still fall for a while, by using
@@ -239,14 +247,18 @@ class NegativeLearningRate(Rule):
         # of tensors without a name: those known to be a base, and where the last task began
         self._bases: set[tuple[int, int]] = set()
         self._starts: dict[tuple[int, int], Array] = {}
-        self._descended: set[tuple[int, int]] = set()
+        self._descended: set[tuple[int, int, float]] = set()  # by rank, layout and line
+        # layouts whose outer steps have no gradient
+        self._averaged: set[tuple[int, int]] = set()
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """A task is reported once its loss has risen over a step with a negative rate."""
         self._note_base(frame)
-        rates = frame.block.parameters["step_rate"]
-        if (rates[frame.support] > 0).any():
-            self._descended.add((frame.block.rank, frame.block.layout.index))
+        rates, layout = frame.block.parameters["step_rate"], frame.block.layout.index
+        if (frame.outer & frame.flagged("incomplete")).any():
+            self._averaged.add((frame.block.rank, layout))
+        sites = frame.block.scalars["site"][frame.support & (rates > 0).any(1)]
+        self._descended |= {(frame.block.rank, layout, site) for site in np.unique(sites).tolist()}
         negative = self._negative(frame)
         told = negative.copy()
         if self._climbing:
@@ -266,11 +278,24 @@ class NegativeLearningRate(Rule):
         if not up.any():
             return up
         rate = frame.block.scalars["learning_rate"]
-        # By hand the rate must be read off the update. Momentum also climbs at times, but never
-        # straight up the gradient, and never in a task's first step.
-        by_hand = (frame.step == 0) | (collinearity(frame) > 0.999)
+        # By hand the rate must be read off the update. What else is in it (momentum, a correction)
+        # may climb, but never straight up the gradient.
+        by_hand = (collinearity(frame) > _STRAIGHT) | self._may_have_a_rate_each(frame)
         by_hand &= ~frame.flagged("transformed")  # no rate is to be read off what a net made of it
         return np.asarray(up & np.where(np.isfinite(rate), rate < 0, by_hand))
+
+    def _may_have_a_rate_each(self, frame: Frame) -> Flags:
+        """``[S]`` first steps by hand that a learned rate for each weight may turn from straight.
+
+        Such a rate has its gradient through the updates: not through those in place, nor where the
+        outer step is an average of weights. (Momentum has nothing to add yet.)
+        """
+        if (frame.block.rank, frame.block.layout.index) in self._averaged:
+            return np.zeros(len(frame.block), dtype=bool)
+        facts = [frame.tasks.get(task) for task in frame.by_task.tasks]
+        in_place = [fact is not None and bool(fact.data.get("in_place")) for fact in facts]
+        functional = ~np.asarray(in_place, dtype=bool)[frame.by_task.of_row]
+        return np.asarray(functional & (frame.step == 0))
 
     def _describe(self, frame: Frame, row: int, rates: Array) -> Finding:
         column = int(np.nanargmin(rates)) if np.isfinite(rates).any() else 0
@@ -295,15 +320,17 @@ class NegativeLearningRate(Rule):
     def _is_learned(self, frame: Frame, row: int) -> bool:
         """Whether a rate may be one that was learned: there is a base it would be learned with.
 
-        By hand, one that was never seen to be positive, of no parameter, is an objective's that is
-        maximised; a learned one begins as a rate. A tensor no model owns, which begins anew in each
-        task and which no outer step moves, is no weight: an input that is attacked, say, and to
-        climb is what that is for.
+        By hand, one that was never seen to be positive at its line, of no parameter, is an
+        objective's that is maximised, or leads uphill on purpose, to where another gradient is
+        taken (SAM); a learned one begins as a rate. A tensor no model owns, which begins anew in
+        each task and which no outer step moves, is no weight: an input that is attacked, say, and
+        to climb is what that is for.
         """
         if math.isfinite(float(frame.block.scalars["learning_rate"][row])):
             return True
         layout = (frame.block.rank, frame.block.layout.index)
-        return layout in self._descended and (not frame.is_nameless or layout in self._bases)
+        descended = (*layout, float(frame.block.scalars["site"][row])) in self._descended
+        return descended and (not frame.is_nameless or layout in self._bases)
 
     def _note_base(self, frame: Frame) -> None:
         """Note whether outer steps move a frame's tensors, or task after task begins with them."""
@@ -422,6 +449,14 @@ class NoParameterChange(Rule):
                 evidence={"times": float(event.data.get("times", 0))},
                 fix="Give the optimizer the parameters the loss is computed with.",
             )
+
+
+def _beside(frame: Frame) -> Array:
+    """``[S]`` norm of what an update holds besides its gradient; 0 where it is next to nothing."""
+    straight = collinearity(frame)
+    with np.errstate(all="ignore"):
+        beside = whole(frame, "update_norm") * np.sqrt(1 - straight**2)
+    return np.where(straight < _STRAIGHT, beside, 0.0)
 
 
 def _rounded(frame: Frame, moved: Flags) -> Flags:

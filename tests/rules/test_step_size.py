@@ -5,7 +5,7 @@ import pytest
 from divergence_probe.record.schema import FLAGS, MISSING, Event
 from divergence_probe.rules.finding import Severity
 
-from .blocks import HERE, INF, NAN, findings, inner, make, one, outer, place, query, silent
+from .blocks import HERE, INF, NAN, findings, inner, make, one, outer, place, query, silent, start
 
 ONE = ("layer.weight",)
 
@@ -237,6 +237,16 @@ def test_a_task_that_moves_at_the_rate_of_those_before_it():
     assert one("LR002", many, at_rate(0.1, 1e-2, 1, first=9)).count == 9  # said by then
 
 
+def test_a_correction_that_cancels_the_gradient_is_no_small_rate():
+    def tasks(rate, update, count, first=0):
+        how = {"update_norm": update, "step_rate": rate, "learning_rate": -INF}
+        return make(*[inner(first + t, **how) for t in range(count)])
+
+    assert one("LR002", tasks(1e-5, 1e-5, 8), tasks(0.1, 0.1, 1, first=8)).count == 8
+    assert silent("LR002", tasks(0.1, 0.1, 1), tasks(1e-6, 1e-5, 8, first=1))
+    assert one("LR002", tasks(0.1, 0.1, 1), tasks(1e-5, 1e-5, 8, first=1)).count == 8
+
+
 def climbing(rate, losses=(1.0, 1.5), declared=None):
     return [
         inner(0, step, step_rate=rate, loss=loss, gradient_norm=2.0, update_norm=abs(rate) * 2,
@@ -302,6 +312,25 @@ def test_to_climb_on_a_base_without_a_name_is_not():
     assert findings("LR003", *moved)[-1].severity is Severity.WARNING
     known = make(*[row | {"learning_rate": -0.1} for row in attacked(2.0, 0)], parameters=NAMELESS)
     assert one("LR003", known).severity is Severity.WARNING
+
+
+def test_what_else_is_in_an_update_shows_no_rate():
+    """A correction (SCAFFOLD's) may point up the gradient; so may a rate for each weight."""
+    rows = [row | {"update_norm": 0.5, "learning_rate": -INF} for row in climbing(-0.1)]
+    averaged = outer(flags=float(FLAGS["incomplete"]), gradient_norm=MISSING, step_rate=NAN)
+
+    assert one("LR003", make(*rows, DESCENDING)).severity is Severity.WARNING
+    assert silent("LR003", make(*rows, DESCENDING, events=[start(in_place=True)]))
+    assert silent("LR003", make(averaged, DESCENDING), make(*rows))
+
+
+def test_to_look_uphill_before_a_step_is_a_remark():
+    """SAM climbs at one line, and goes down from there at another."""
+    up = [row | {"learning_rate": -INF} for row in climbing(-0.1)]
+    down = DESCENDING | {"site": 1.0}
+
+    assert one("LR003", make(down, *up)).severity is Severity.INFO
+    assert one("LR003", make(down, DESCENDING, *up)).severity is Severity.WARNING
 
 
 def test_what_a_net_makes_of_a_gradient_shows_no_rate():
