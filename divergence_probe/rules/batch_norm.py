@@ -17,6 +17,9 @@ from divergence_probe.thresholds import Thresholds
 
 _TRAIN_FIX = "net.train()  # before the inner loop: batch statistics, as in meta-training\n"
 _QUERY_FIX = "net.train()  # for the query, too: batch statistics, as in the inner loop\n"
+_STEPS_FIX = (
+    "stats = running[min(step, trained_steps - 1)]  # or no more steps than in meta-training\n"
+)
 _RECALIBRATE_FIX = (
     "# or: nn.BatchNorm2d(channels, track_running_stats=False)\n"
     "# or: recalibrate the running statistics on the support set before adapting"
@@ -74,12 +77,18 @@ class _EvalStatistics(Rule):
             layer=layers[0],
             layers=layers,
             evidence={"mean_distance": distance, "variance_ratio": ratio, "batches_seen": seen},
-            fix=(_QUERY_FIX if frame.query[row] else _TRAIN_FIX) + _RECALIBRATE_FIX,
+            fix=self._fix(frame, row) + _RECALIBRATE_FIX,
         )
         if self._switched is None:
             return finding
         switch = Mark(self._switched, "eval mode from here on")
         return replace(finding, marks=(switch, *finding.marks))
+
+    @staticmethod
+    def _fix(frame: Frame, row: int) -> str:
+        if frame.query[row]:
+            return _QUERY_FIX
+        return _TRAIN_FIX if frame.step[row] == 0 else _STEPS_FIX
 
 
 class EvalWithUntrainedStatistics(_EvalStatistics):
@@ -87,7 +96,9 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
 
     ## What it does
     Reports a BatchNorm layer that runs in eval mode while its running statistics are still exactly
-    mean 0 and variance 1, and that is far from the batch it normalises.
+    mean 0 and variance 1, and that is far from the batch it normalises. It looks before adaptation
+    moves the weights, at the query, and where statistics of a step's own take over from trained
+    ones.
 
     ## Why it is bad
     The layer then normalises nothing: activations keep their raw scale, gradients grow with it, and
@@ -122,9 +133,18 @@ class EvalWithUntrainedStatistics(_EvalStatistics):
         self._note_switch(frame)
         evaluated = self._evaluated(frame)
         if evaluated.any():
-            # such statistics are wrong at any time
-            first_look = (frame.step == 0) | frame.query
-            yield from self._findings(frame, evaluated, first_look[:, None])
+            first_look = ((frame.step == 0) | frame.query)[:, None] | self._took_over(frame)
+            yield from self._findings(frame, evaluated, first_look)
+
+    def _took_over(self, frame: Frame) -> Flags:
+        """``[S, B]`` layers whose step before evaluated trained statistics that fitted.
+
+        What is far off a step later is other statistics then: no single step moves weights so far.
+        """
+        norm, before = frame.block.batch_norm, frame.by_task.previous(frame.support)
+        fitted = (norm["bn_training"] == 0) & (norm["bn_untrained"] == 0)
+        fitted &= farness(frame, self.thresholds) <= 1
+        return np.asarray(fitted[before] & (before >= 0)[:, None])
 
 
 class EvalWithDistantStatistics(_EvalStatistics):

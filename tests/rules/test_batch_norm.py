@@ -49,6 +49,20 @@ def test_later_steps_are_not_judged_and_neither_are_unknown_distances():
     assert silent("BN001", block)
 
 
+def test_statistics_of_a_later_step_that_were_never_trained():
+    """MAML++ keeps statistics for each step; here more steps are taken than were trained."""
+    fit, far = evaluated(), evaluated(bn_untrained=1, bn_mean_distance=[0.2, 5.0])
+
+    finding = one("BN001", make(inner(**fit), inner(step=1, **far), batch_norms=NORMS))
+    assert finding.step == 1 and "meta-training" in finding.fix
+
+    # their distance grew with the steps: that of trained ones had, too, or they fitted at first
+    grown = evaluated(bn_mean_distance=5.0)
+    assert silent("BN001", make(inner(**grown), inner(step=1, **far), batch_norms=NORMS))
+    close = inner(step=1, **evaluated(bn_untrained=1))
+    assert silent("BN001", make(inner(**fit), close, inner(step=2, **far), batch_norms=NORMS))
+
+
 def test_a_query_alone_is_judged():
     columns = evaluated(bn_untrained=1, bn_mean_distance=9.0)
 
