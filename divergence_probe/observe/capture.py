@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -167,6 +168,23 @@ class Forwards:
         taken = Forwards([call for call in self.normalizations if through(call)])
         self.normalizations = [call for call in self.normalizations if not through(call)]
         return taken
+
+    def leave_out(self, strange: Callable[[Tensor], bool]) -> None:
+        """Forget forwards with ``strange`` weights, and what ran with them up to their loss."""
+
+        def is_strange(call: NormalizationCall) -> bool:
+            weight = call.weight() if call.weight is not None else None
+            return weight is not None and strange(weight)
+
+        left_out = [call.order for call in self.normalizations if is_strange(call)]
+        if not left_out:
+            return
+        kept = [call for call in self.normalizations if not is_strange(call)]
+        losses = [call.order for call in self.losses]
+        forwards = {bisect_left(losses, order) for order in left_out}
+        forwards -= {bisect_left(losses, c.order) for c in kept if c.weight is not None}
+        self.normalizations = [c for c in kept if bisect_left(losses, c.order) not in forwards]
+        self.dropouts = [c for c in self.dropouts if bisect_left(losses, c.order) not in forwards]
 
     def trim(self) -> None:
         """Forget the oldest of very many: an evaluation without gradients goes on for ever."""

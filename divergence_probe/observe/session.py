@@ -249,7 +249,11 @@ class Session:
         flags: int = 0,
         gradients: Sequence[Tensor] = (),
     ) -> None:
-        """The adapted weights were used: a forward, and maybe a gradient, after the last step."""
+        """The adapted weights were used: a forward, and maybe a gradient, after the last step.
+
+        What ran with weights that the task has others of is left out: the base is trained on, say.
+        """
+        forwards.leave_out(task.left_behind)
         nothing = [None] * len(task.known.layout.parameters)
         row = Row(
             task.index,

@@ -104,6 +104,15 @@ class Task:
         alive = ((r() if r is not None else None, place) for place, r in enumerate(self.fast))
         return {id(tensor): place for tensor, place in alive if tensor is not None}
 
+    def left_behind(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is a parameter it began from, and runs with another tensor now."""
+        place = self.known.position(weight)
+        if place is None or place not in self.positions:
+            return False
+        adapted = self.fast[place] if self.fast else None
+        # (a step that made new tensors did so whether they were seen or not)
+        return adapted() is not weight if adapted is not None else not self.in_place
+
     def adapts(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ``parameters`` are the very ones it adapts, in its order."""
         fast = [self.fast[place] for place in self.positions] if self.fast else []

@@ -37,6 +37,41 @@ def test_every_evaluated_task_is_judged_by_its_own_batch() -> None:
     assert findings(probe)["BN001"] == TASKS
 
 
+def test_training_of_the_base_after_a_validation_is_no_query_of_it() -> None:
+    """All tasks run in eval mode; before each outer step the base itself is trained on."""
+    torch.manual_seed(0)
+    norms, dropout = nn.BatchNorm1d(16), nn.Dropout(0.2)
+    net = nn.Sequential(nn.Linear(6, 16), norms, nn.ReLU(), dropout, nn.Linear(16, 3))
+    outer = torch.optim.SGD(net.parameters(), lr=1e-2)
+
+    def train() -> None:
+        net.train()
+        F.cross_entropy(net(torch.randn(64, 6)), torch.randint(0, 3, (64,))).backward()
+
+    def adapt(differentiably: bool) -> torch.Tensor:
+        net.eval()
+        x, y, fast = torch.randn(64, 6), torch.randint(0, 3, (64,)), dict(net.named_parameters())
+        for _ in range(3):
+            loss = F.cross_entropy(functional_call(net, fast, (x,)), y)
+            slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=differentiably)
+            fast = {k: w - 0.05 * g for (k, w), g in zip(fast.items(), slopes, strict=True)}
+        return F.cross_entropy(functional_call(net, fast, (x,)), y)
+
+    with divergence_probe.attach(net) as probe:
+        for _ in range(60):
+            outer.zero_grad()
+            train()
+            outer.step()
+        for _ in range(4):
+            outer.zero_grad()
+            train()
+            adapt(differentiably=True).backward()
+            outer.step()
+            adapt(differentiably=False)
+
+    assert "MODE001" not in findings(probe)
+
+
 def test_dropout_is_seen_in_tasks_that_come_after_training() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 1))
