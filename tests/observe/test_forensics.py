@@ -253,6 +253,19 @@ def test_half_precision_overflows_in_the_loss() -> None:
     assert finding.marks[0].site == line_of(squares, "** 2")
 
 
+def summed(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square().sum() / len(target)
+
+
+def test_half_precision_overflows_before_the_mean_is_taken() -> None:
+    def close(task: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(64, 4).half(), torch.full((64, 2), 60.0).half()
+
+    finding = the_one(lambda: in_place(net().half(), summed, close))
+    assert (finding.rule, finding.evidence["operation"]) == ("FX005", "sum")
+    assert 3000 < float(finding.evidence["input_max"]) < 4000
+
+
 def test_half_precision_eps_is_zero_in_the_update() -> None:
     def halves(task: int) -> tuple[Tensor, Tensor]:
         return unused_column().half(), torch.randint(0, 2, (6,))
@@ -357,6 +370,49 @@ def reweighted() -> None:
         optimizer.zero_grad()
         (shares * losses(x, list(model.parameters()))).sum().backward()
         optimizer.step()
+
+
+def scaled(head_is_finite: bool) -> None:
+    """A unit that never fires has no spread: 0 / 0, in a head made outside the graph, too."""
+    body = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    with torch.no_grad():
+        body[0].bias[0] = -50.0
+    for task in range(3):
+        (x, y), learner = classes(task), copy.deepcopy(body)
+        with torch.no_grad():
+            z = learner(x)
+            mean, deviation = z.mean(0), z.std(0)
+            z = (z - mean) / deviation
+            head = torch.stack([z.nan_to_num() if head_is_finite else z for _ in range(2)]).mean(1)
+        head.requires_grad_()
+        inner = torch.optim.SGD([*learner.parameters(), head], 0.01)
+        for _ in range(2):
+            inner.zero_grad()
+            z = (learner(x) - mean) / deviation
+            F.cross_entropy(z @ head.t(), y).backward()
+            inner.step()
+
+
+@pytest.mark.parametrize("head_is_finite", [True, False])
+def test_a_weight_that_is_bad_as_well_hides_no_operation(head_is_finite: bool) -> None:
+    finding = the_one(lambda: scaled(head_is_finite))
+
+    assert (finding.cause, finding.evidence["operation"]) == ("singular-forward", "div")
+    assert finding.task == 0 and finding.evidence["input_zeros"] > 0
+
+
+def test_what_a_bad_weight_leads_to_is_no_operation_s_doing() -> None:
+    def loop() -> None:
+        for task in range(3):
+            x, y = classes(task)
+            weights = [torch.full((4, 8), float("nan")), torch.randn(8, 2)]
+            for _ in range(2):
+                weights = [w.detach().requires_grad_() for w in weights]
+                loss = F.cross_entropy(F.gelu(x @ weights[0]).relu() @ weights[1], y)
+                grads = torch.autograd.grad(loss, weights)
+                weights = [w - 0.1 * g for w, g in zip(weights, grads, strict=True)]
+
+    assert findings(loop) == []
 
 
 def test_what_bad_weights_spoil_is_not_where_it_began() -> None:

@@ -6,7 +6,7 @@ bad where the node's own saved result, a consumer's saved input, or that recompu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from divergence_probe.observe.forensics.graph import (
     family,
     finite,
     is_leaf_node,
+    kept_by,
     saved,
 )
 
@@ -43,6 +44,18 @@ _PASSING_ON = frozenset(
 )  # fmt: skip
 
 _Values = dict[str, Tensor]
+
+
+def _quotient(numerator: Tensor | None, divisor: Tensor) -> Tensor:
+    """Where the numerator was not kept, only a divisor of 0 tells; else ``KeyError``."""
+    if numerator is not None:
+        return numerator / divisor
+    quotient = torch.ones_like(divisor) / divisor
+    if finite(quotient):
+        raise KeyError("self")
+    return quotient
+
+
 _RECOMPUTED: dict[str, Callable[[_Values, Any], Tensor]] = {
     "log": lambda v, node: v["self"].log(),
     "log2": lambda v, node: v["self"].log2(),
@@ -52,7 +65,7 @@ _RECOMPUTED: dict[str, Callable[[_Values, Any], Tensor]] = {
     "asin": lambda v, node: v["self"].asin(),
     "xlogy": lambda v, node: torch.xlogy(v["self"], v["other"]),
     "mul": lambda v, node: v["self"] * v["other"],
-    "div": lambda v, node: v.get("self", torch.ones_like(v["other"])) / v["other"],
+    "div": lambda v, node: _quotient(v.get("self"), v["other"]),
     "pow": lambda v, node: v["self"] ** node._saved_exponent,
     "mse_loss": lambda v, node: (v["self"] - v["target"]) ** 2,
     "matmul": lambda v, node: v["self"] @ v["mat2"],
@@ -81,9 +94,14 @@ class Spot:
     largest: float = 0.0
 
 
-def first_bad(graph: Graph) -> Spot | None:
-    """The earliest operation whose inputs are finite and whose output is not, or None."""
-    reading = _Reading(graph)
+def first_bad(graph: Graph, bad: Collection[int] = ()) -> Spot | None:
+    """The earliest operation whose inputs are finite and whose output is not, or None.
+
+    Args:
+        graph: of the loss.
+        bad: which of the graph's inputs are not finite: what they lead to is spoiled by them.
+    """
+    reading = _Reading(graph, graph.behind(bad))
     for node in graph.nodes:
         spot = reading.data(node)
         if spot is not None:
@@ -104,8 +122,9 @@ def bad_data(graph: Graph) -> Spot | None:
 class _Reading:
     """What is known of every node's output: True finite, False not, absent unknown."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, spoiled: Container[Any] = ()) -> None:
         self.graph = graph
+        self._spoiled = spoiled
         self.kept: dict[Any, list[Saved]] = {node: saved(node) for node in graph.nodes}
         self.output: dict[Any, bool] = {}
         self._leaves: dict[Any, bool] = {}
@@ -123,13 +142,16 @@ class _Reading:
                 self._note(producer, finite(entry.value))
         if node not in self.output and family(node.name()) in _PASSING_ON and self.bad_input(node):
             self._note(node, False)
-        again = _RECOMPUTED.get(family(node.name()))
-        if again is not None and node not in self.output:
-            try:
-                value = again({e.name: e.value for e in kept}, node)
-            except (KeyError, RuntimeError, AttributeError, TypeError):
-                return
+        if node not in self.output and (value := self._made_by(node)) is not None:
             self._note(node, finite(value))
+
+    def _made_by(self, node: Any) -> Tensor | None:
+        """What ``node``'s operation makes of what was kept, where that is all it takes."""
+        again = _RECOMPUTED.get(family(node.name()))
+        try:
+            return again({e.name: e.value for e in self.kept[node]}, node) if again else None
+        except (KeyError, RuntimeError, AttributeError, TypeError):
+            return None
 
     def _note(self, node: Any, good: bool) -> None:
         self.output[node] = self.output.get(node, True) and good
@@ -153,7 +175,7 @@ class _Reading:
 
     def bad_input(self, node: Any) -> bool:
         """Whether something bad is known to have come into ``node``."""
-        if self._takes_a_bad_leaf(node):
+        if node in self._spoiled or self._takes_a_bad_leaf(node):
             return True
         if any(not e.result and not finite(e.value) for e in self.kept[node]):
             return True
@@ -173,7 +195,7 @@ class _Reading:
 
         None where such a node only hands on what came into it.
         """
-        while family(node.name()) in _FAITHFUL:
+        while _hands_on(node):
             unknown = [
                 following
                 for following, _ in node.next_functions
@@ -185,6 +207,9 @@ class _Reading:
             if self.bad_input(node):
                 return None
         inputs = [entry.value for entry in self.kept[node] if not entry.result]
+        if not inputs:
+            made = [self._made_by(f) for f, _ in node.next_functions if f in self.kept]
+            inputs = [value for value in made if value is not None]
         # a sum of finite numbers is bad only where the operand the graph did not keep is
         enters = family(node.name()) in ("add", "sub", "rsub") and any(
             following is None for following, _ in node.next_functions
@@ -200,3 +225,11 @@ class _Reading:
         return Spot(
             node, family(node.name()), enters, Range.of(values), dtype, everything.magnitude
         )
+
+
+def _hands_on(node: Any) -> bool:
+    """Whether a node keeps finite numbers finite: to divide by 1 or more does, too."""
+    if (name := family(node.name())) != "div":
+        return name in _FAITHFUL
+    divisor = kept_by(node, "other")
+    return divisor is not None and bool((divisor.abs() >= 1).all())

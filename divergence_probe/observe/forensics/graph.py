@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,15 @@ class Graph:
                 found |= {index} if index is not None else set()
         return max(found, key=lambda index: self._sizes[index], default=None)
 
+    def behind(self, chosen: Collection[int]) -> set[Any]:
+        """Every node that takes one of the ``chosen`` inputs, or what was made of one."""
+        found: set[Any] = set()
+        for node in self.nodes if chosen else ():
+            taken = node.next_functions
+            if any(edge[0] in found or self.inputs.get(edge) in chosen for edge in taken):
+                found.add(node)
+        return found
+
     def since(self, number: int) -> None:
         """Forget every node made before ``number``."""
         self.nodes = [node for node in self.nodes if node._sequence_nr() >= number]
@@ -129,15 +138,16 @@ def saved(node: Any) -> list[Saved]:
         if not attribute.startswith(_RAW):
             continue
         name = attribute.removeprefix(_RAW)
-        value = _read(node, attribute, name)
+        value = kept_by(node, name)
         if value is not None and value.is_floating_point():
             found.append(Saved(name, value, _slot(node, name), name.startswith(_RESULTS)))
     return found
 
 
-def _read(node: Any, attribute: str, name: str) -> Tensor | None:
+def kept_by(node: Any, name: str) -> Tensor | None:
+    """One tensor that ``node`` kept, by its name; None where it is not there to be read."""
     try:
-        raw = getattr(node, attribute)
+        raw = getattr(node, _RAW + name)
         saved_tensor = isinstance(raw, torch._C._autograd.SavedTensor)
         if not saved_tensor or getattr(raw, "unpack_hook", None) is not None:
             return None

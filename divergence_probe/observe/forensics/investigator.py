@@ -257,15 +257,19 @@ class Investigator:
             if self._reporter.known or self._adapted_badly(window):
                 return
             graph.since(unrolled)  # a query's own forward: the steps before it were looked at
-        spoiled = not all(finite(tensor) for tensor in inputs)
+        spoiled = [i for i, tensor in enumerate(inputs) if not finite(tensor)]
         if not spoiled:
             seen = self._seen_live(graph)
             spot = forward.first_bad(graph) if seen is None else None
         else:
-            # The weights are bad already: data that is bad by itself still tells.
+            # The weights are bad already: data that is bad by itself still tells, and so does,
+            # where no step made them so, an operation on what the good ones lead to.
             seen, spot = None, forward.bad_data(graph)
             if spot is None:
                 self._weights_were_bad(graph, window)
+                begins = window.task is None or window.task.last is None
+                if begins and not self._reporter.known:
+                    spot = forward.first_bad(graph, spoiled)
         if seen is not None:
             values = seen.values or Range()
             fault = Fault("forward", "operation", seen.operation, values, seen.dtype)
@@ -283,7 +287,7 @@ class Investigator:
         fault.output = self._value(loss) or 0.0
         fault.growth = growth(window.task, inputs)
         place = Place(window.site, FORWARD, window.before - number, fault.operation)
-        self._reporter.found(fault, window, place, spoiled)
+        self._reporter.found(fault, window, place, bool(spoiled))
 
     def _adapted_badly(self, window: Window) -> bool:
         """Whether the last inner step left weights that are not finite."""
