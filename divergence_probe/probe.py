@@ -292,13 +292,13 @@ class _Watch:
         level, self._probe._raise_on = self._probe._raise_on, None
         try:
             if guard.active:
-                tasks = list(session.open)
+                tasks, begun = list(session.open), session.tasks_begun
                 with guard.work():
                     if isinstance(error, Exception):
                         session.cut_off()
                     session.close()
                 with guard.work():
-                    self._note_exception(error, tasks)
+                    self._note_exception(error, tasks, late=session.tasks_begun > begun)
             elif guard.failure:
                 with guard.work():  # what was seen before, where it can be measured
                     session.flush()
@@ -324,8 +324,14 @@ class _Watch:
             reason = f"{SWITCHED_OFF} during the run: {failure}."
             self._analysis.collector.incomplete.setdefault(reason)
 
-    def _note_exception(self, error: BaseException | None, tasks: list[Task]) -> None:
-        """Say what ended the block, and record it where it came out of an inner loop."""
+    def _note_exception(self, error: BaseException | None, tasks: list[Task], late: bool) -> None:
+        """Say what ended the block, and record it where it came out of an inner loop.
+
+        Args:
+            error: what ended it.
+            tasks: those that were open then.
+            late: whether the last one began with a gradient whose step was still to be seen.
+        """
         from divergence_probe.observe.raised import examine
         from divergence_probe.rules.raised_explanations import explain
 
@@ -343,7 +349,7 @@ class _Watch:
         name = type(error).__name__
         self._exception = ExceptionReport(name, message, inner, raised.site)
         if inner:
-            last = tasks[-1] if tasks else None
+            last = tasks[-1] if tasks and not late else None
             session.event(
                 "raised",
                 site=raised.number(session),

@@ -80,6 +80,12 @@ class Session:
         #: Called with a module that has loaded a state.
         self.loaded: list[Callable[[nn.Module], None]] = []
         self.starting: list[Callable[[], None]] = []
+        #: Called with a task that has begun.
+        self.begun: list[Callable[[Task], None]] = []
+        #: Called at the end, when every gradient was settled.
+        self.settled: list[Callable[[], None]] = []
+        #: How many tasks have begun, ordinary training that looks like one among them.
+        self.tasks_begun = 0
         self.clipped: bool | Tensor | None = None
         #: The norm of the gradients before they were clipped by it, where that is at hand.
         self.unclipped: float | None = None
@@ -162,6 +168,9 @@ class Session:
             self.just_stepped.discard(base)
             if not data.get("in_place"):
                 self.unrolled.add(base)
+        self.tasks_begun += 1
+        for begun in self.begun:
+            begun(task)
         return task
 
     def _number(self, task: Task) -> None:
@@ -409,9 +418,13 @@ class Session:
 
     def end_tasks(self) -> None:
         """Every task ends here, by the user's word."""
-        for closing in self.closing:
-            closing()
+        self._settle()
         self.finish_tasks()
+
+    def _settle(self) -> None:
+        """Nothing more will be seen of what is under way: decide what it was."""
+        for settling in (*self.closing, *self.settled):
+            settling()
 
     def finish_tasks(self) -> None:
         """Every open task of this thread ended."""
@@ -462,8 +475,7 @@ class Session:
 
     def close(self) -> None:
         """End everything that is open and hand on what is left."""
-        for closing in self.closing:
-            closing()
+        self._settle()
         for task in list(self.open):
             self.finish_task(task)
         kept = self._retention.closed()

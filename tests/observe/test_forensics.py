@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -370,6 +371,30 @@ def reweighted() -> None:
         optimizer.zero_grad()
         (shares * losses(x, list(model.parameters()))).sum().backward()
         optimizer.step()
+
+
+def test_an_exception_before_the_next_gradient_is_of_the_step_that_led_to_it() -> None:
+    """A new task's first loss is NaN, and what samples from its weights raises."""
+
+    def loop() -> None:
+        base = torch.randn(4, 3, requires_grad=True)
+        for task in range(2):
+            w, mask = base, torch.tensor([0.0, 0.0, -math.inf if task else 0.0])
+            for _ in range(2):
+                p = (torch.randn(8, 4) @ w + mask).softmax(1)
+                torch.multinomial(p.detach(), 1)
+                loss = p[:, 0].mean() + (p * torch.log(p)).sum(1).mean()
+                (slope,) = torch.autograd.grad(loss, w, create_graph=True)
+                w = w - 0.1 * slope
+            (torch.randn(8, 4) @ w).sum().backward()
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError), divergence_probe.attach() as probe:
+        loop()
+    found = {f.rule: f for f in probe.diagnosis.findings}
+    assert (found["EX001"].task, found["EX001"].step) == (1, 1)
+    assert (found["FX002"].task, found["FX002"].step) == (1, 0)
+    assert found["FX002"].evidence["operation"] == "log"
 
 
 def scaled(head_is_finite: bool) -> None:

@@ -69,7 +69,8 @@ class Investigator:
         self._suspecting = False
         self._looks = 0
         self._off = False
-        session.closing.append(self._reporter.close)
+        session.begun.append(self._reporter.begins)
+        session.settled.append(self._reporter.close)
         session.rows.measured.append(self._measured)
 
     # -- around a gradient call -------------------------------------------------------------------

@@ -17,6 +17,7 @@ from divergence_probe.observe.forensics.windows import UPDATE, Place, Window, Wi
 
 if TYPE_CHECKING:
     from divergence_probe.observe.session import Session
+    from divergence_probe.observe.task import Task
 
 _ARMED_CALLS = 48
 _ALARMED_CALLS = 4
@@ -129,6 +130,12 @@ class Reporter:
                     fault.step = max(fault.task.steps - 1, 0)
             if self._complete(fault) or (fault.waited > _ARMED_CALLS and _confirmed(fault)):
                 self._release(fault)
+
+    def begins(self, task: Task) -> None:
+        """A task has begun: with the gradient a fault was found at, if none was taken since."""
+        for fault in self.waiting:
+            if fault.task is None and not fault.waited:
+                fault.task, fault.step = task, max(fault.step, 0)
 
     def arm(self, suspecting: bool) -> None:
         """Until the next gradient call, while anything is left to find out."""
