@@ -329,8 +329,8 @@ class FirstOrderOnly(Rule):
     """The outer step uses first-order gradients only: FOMAML.
 
     ## What it does
-    Notes inner steps whose gradients carry no graph while an outer step follows that does get a
-    gradient.
+    Notes inner steps whose gradients carry no graph, or whose updates drop it (``.data``,
+    ``detach()``), while an outer step follows that does get a gradient.
 
     ## Why it is bad
     It may be meant (FOMAML is faster and often as good). Silently it is another algorithm.
@@ -357,34 +357,52 @@ class FirstOrderOnly(Rule):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        self._waiting: Finding | None = None
+        self._last: Frame | None = None  # with inner steps
+        self._used = -math.inf  # when the outer step before was taken
 
     def check(self, frame: Frame) -> Iterator[Finding]:
         """One finding an outer step whose tasks were all first order."""
         fed = np.asarray((frame.block.parameters["gradient_norm"] > 0).any(1))
-        # (through a learned optimizer's own layers the outer gradient comes without it)
-        second = frame.flagged("second_order") | frame.flagged("transformed")
-        # the last inner step up to each row
-        steps = np.maximum.accumulate(np.where(frame.support, np.arange(len(second)), -1)).tolist()
-        previous = -1
+        # (outer steps of other parameters than the tasks' come after them, in a frame of their own)
+        places = [_InnerSteps(f) for f in (frame, self._last) if f is not None]
         for row in np.flatnonzero(frame.outer).tolist():
-            if steps[row] > previous:
-                self._waiting = None if second[steps[row]] else self._describe(frame, steps[row])
-            if self._waiting is not None and fed[row]:
-                yield self._waiting
-            self._waiting, previous = None, row
-        if steps and steps[-1] > previous:
-            self._waiting = None if second[steps[-1]] else self._describe(frame, steps[-1])
+            until = float(frame.block.scalars["seconds"][row])
+            found = ((place.frame, place.last_before(until)) for place in places)
+            of, step = next((pair for pair in found if pair[1] >= 0), (frame, -1))
+            if fed[row] and step >= 0 and of.block.scalars["seconds"][step] > self._used:
+                yield from self._describe(of, step)
+            self._used = until
+        if frame.support.any():
+            self._last = frame
 
-    def _describe(self, frame: Frame, row: int) -> Finding:
-        return self.at(
-            frame,
-            row,
-            "inner gradients carry no graph: the outer step does not differentiate "
-            "through the inner steps",
-            "gradient without create_graph=True",
-            fix="torch.autograd.grad(loss, fast, create_graph=True)",
-        )
+    def _describe(self, frame: Frame, row: int) -> Iterator[Finding]:
+        # (through a learned optimizer's own layers the outer gradient comes without a graph)
+        if not frame.flagged("second_order", "transformed")[row]:
+            yield self.at(
+                frame,
+                row,
+                "the outer step does not differentiate through the inner gradients: they carry no "
+                "graph, or the update drops it",
+                "no create_graph=True here, or a detached gradient in the update",
+                fix="grads = torch.autograd.grad(loss, fast, create_graph=True)\n"
+                "fast = [w - lr * g for w, g in zip(fast, grads)]   # no .data, no detach()",
+            )
+
+
+class _InnerSteps:
+    """The inner steps of a frame, in order of time."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        rows = np.flatnonzero(frame.support)
+        seconds = frame.block.scalars["seconds"][rows]
+        order = np.argsort(seconds, kind="stable")  # (what was held back comes late)
+        self._rows, self._seconds = rows[order], seconds[order]
+
+    def last_before(self, seconds: float) -> int:
+        """The row of the last one before; -1 for none."""
+        number = int(np.searchsorted(self._seconds, seconds))
+        return int(self._rows[number - 1]) if number else -1
 
 
 class UnusedParameters(Rule):

@@ -137,6 +137,17 @@ def test_first_order_gradients_only():
     finding = one("MG003", make(inner(), inner(step=1), outer()))
 
     assert place(finding) == ("first-order-only", Severity.INFO, None, 0, 1)
+    assert "or the update drops it" in finding.message  # which a recording does not tell apart
+
+
+def test_an_evaluation_after_the_last_outer_step_is_none_of_it():
+    """Outer steps of what no task adapts come in a block of their own, after the tasks'."""
+    trained, evaluated = second_order(inner()), inner(1)
+    block = make(trained, inner(2), trained | {"task": 3}, inner(4))  # a second each
+
+    assert silent("MG003", block, make(outer(), since=0.5), make(outer(), since=2.5))
+    assert one("MG003", block, make(outer(), since=0.5), make(outer(), since=1.5)).task == 2
+    assert silent("MG003", make(trained, evaluated), make(outer(), since=0.5))
 
 
 def test_second_order_gradients_or_no_outer_step():
