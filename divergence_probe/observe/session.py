@@ -262,7 +262,12 @@ class Session:
 
         What ran with weights that the task has others of is left out: the base is trained on, say.
         """
-        forwards.leave_out(task.left_behind)
+
+        def is_strange(weight: Tensor) -> bool:
+            owner = self.models.find(weight)
+            return owner is not None and task.left_behind(weight, *owner)
+
+        forwards.leave_out(is_strange)
         nothing = [None] * len(task.known.layout.parameters)
         row = Row(
             task.index,

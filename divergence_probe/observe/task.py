@@ -104,12 +104,17 @@ class Task:
         alive = ((r() if r is not None else None, place) for place, r in enumerate(self.fast))
         return {id(tensor): place for tensor, place in alive if tensor is not None}
 
-    def left_behind(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is a parameter it began from, and runs with another tensor now."""
-        place = self.known.position(weight)
-        if place is None or place not in self.positions:
+    def left_behind(self, weight: Tensor, owner: KnownModel, place: int) -> bool:
+        """Whether ``weight`` is its model's, or a like one's, and it runs with another instead.
+
+        Args:
+            weight: a parameter.
+            owner: the model that owns it.
+            place: its position there.
+        """
+        if owner.layout is not self.known.layout or place not in self.positions:
             return False
-        adapted = self.fast[place] if self.fast else None
+        adapted = self.fast[place] if place < len(self.fast) else None
         # (a step that made new tensors did so whether they were seen or not)
         return adapted() is not weight if adapted is not None else not self.in_place
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
 
 import divergence_probe
 
@@ -37,18 +39,23 @@ def test_every_evaluated_task_is_judged_by_its_own_batch() -> None:
     assert findings(probe)["BN001"] == TASKS
 
 
-def test_training_of_the_base_after_a_validation_is_no_query_of_it() -> None:
-    """All tasks run in eval mode; before each outer step the base itself is trained on."""
+@pytest.mark.parametrize("averaged", [False, True])
+def test_training_of_the_base_after_a_validation_is_no_query_of_it(averaged: bool) -> None:
+    """All tasks run in eval mode; before each outer step the base itself is trained on.
+
+    What is validated may be an average of its weights, kept in a model of its own.
+    """
     torch.manual_seed(0)
     norms, dropout = nn.BatchNorm1d(16), nn.Dropout(0.2)
     net = nn.Sequential(nn.Linear(6, 16), norms, nn.ReLU(), dropout, nn.Linear(16, 3))
     outer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    mean = AveragedModel(net, use_buffers=True)
 
     def train() -> None:
         net.train()
         F.cross_entropy(net(torch.randn(64, 6)), torch.randint(0, 3, (64,))).backward()
 
-    def adapt(differentiably: bool) -> torch.Tensor:
+    def adapt(net: nn.Module, differentiably: bool) -> torch.Tensor:
         net.eval()
         x, y, fast = torch.randn(64, 6), torch.randint(0, 3, (64,)), dict(net.named_parameters())
         for _ in range(3):
@@ -65,9 +72,10 @@ def test_training_of_the_base_after_a_validation_is_no_query_of_it() -> None:
         for _ in range(4):
             outer.zero_grad()
             train()
-            adapt(differentiably=True).backward()
+            adapt(net, differentiably=True).backward()
             outer.step()
-            adapt(differentiably=False)
+            mean.update_parameters(net)
+            adapt(mean.module if averaged else net, differentiably=False)
 
     assert "MODE001" not in findings(probe)
 
