@@ -21,7 +21,7 @@ from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.nesting import Nesting
 from divergence_probe.observe.optimizer_facts import Step
 from divergence_probe.observe.pending import Pending
-from divergence_probe.observe.projections import were_left_alone
+from divergence_probe.observe.projections import are_mostly_left, were_left_alone
 from divergence_probe.observe.rollbacks import Rollbacks
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import are_equal, are_whole, gathered, is_empty, spread
@@ -245,7 +245,12 @@ class InPlaceTasks:
             return True
         left = gathered(last.after, step.positions)
         marks = [task.marks.get(place) for place in step.positions]
-        return are_whole(step.before) and were_left_alone(step.before, step.marks, left, marks)
+        if not are_whole(step.before):
+            return False
+        if were_left_alone(step.before, step.marks, left, marks):
+            return True
+        began = gathered(task.first.before, step.positions) if task.first is not None else left
+        return are_mostly_left(step.before, left, began)
 
     def _copied_before(self, base: KnownModel | None) -> bool:
         """Whether another copy of the same base was adapted before this one."""

@@ -1,8 +1,9 @@
-"""Weights that are brought back into bounds after a step: the loop goes on, nothing was restored.
+"""Weights that are brought back after a step, but not to a start: the loop goes on.
 
-So the critic of the first Wasserstein GAN stays Lipschitz (Arjovsky et al., Wasserstein generative
-adversarial networks, 2017, algorithm 1), a perturbation stays small, a factor stays nonnegative.
-Told by value: each weight is what the step made of it, or at a bound that it was beyond.
+Into bounds: so the critic of the first Wasserstein GAN stays Lipschitz (Arjovsky et al., Wasserstein
+generative adversarial networks, 2017, algorithm 1), a perturbation stays small, a factor stays
+nonnegative. Told by value: each weight is what the step made of it, or at a bound it was beyond.
+Or a few here and there: see :func:`are_mostly_left`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,32 @@ def are_only_bounded(now: Sequence[Tensor], left: Sequence[Tensor | None]) -> bo
         return False
     lowest, highest = min(float(a.min()) for a, _ in pairs), max(float(a.max()) for a, _ in pairs)
     return all(_is_clamped(a, b) or _lies_between(a, b, lowest, highest) for a, b in changed)
+
+
+def are_mostly_left(
+    now: Sequence[Tensor], left: Sequence[Tensor | None], began: Sequence[Tensor | None]
+) -> bool:
+    """Whether some weights here and there are others than a step left, but none begins anew.
+
+    So a model is kept near its source that adapts for ever (Wang et al., Continual test-time domain
+    adaptation, 2022, section 3.3: stochastic restoration). Looked at only where that waits for
+    nothing.
+
+    Args:
+        now: the weights before the next step.
+        left: what the step before made of them, None unknown.
+        began: where its task began, None unknown.
+    """
+    restarts = True
+    for here, before, start in zip(now, left, began, strict=True):
+        if before is None or start is None or not (is_at_hand(here) and is_at_hand(before)):
+            return False
+        if here.shape != before.shape or here.shape != start.shape:
+            return False
+        if 2 * int((here != before).sum()) > here.numel():
+            return False
+        restarts &= torch.equal(here, start)
+    return not restarts
 
 
 def _is_clamped(now: Tensor, left: Tensor) -> bool:

@@ -84,3 +84,22 @@ def test_training_whose_weights_all_end_at_a_bound_is_no_inner_loop() -> None:
                 parameter.data.clamp_(-0.1, 0.1)
 
     assert probe.diagnosis.to_dict()["verdict"] == "unobserved"
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_weights_that_are_put_back_here_and_there_do_not_begin_anew(share: float) -> None:
+    """All of them are, in the twin: there each round is a task."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(8, 4), torch.randn(16, 8)
+    source = {name: p.detach().clone() for name, p in net.named_parameters()}
+    adapting = torch.optim.SGD(net.parameters(), lr=0.1)
+    with divergence_probe.attach(inner=adapting) as probe:
+        for _ in range(12):
+            adapting.zero_grad()
+            logits = net(x)
+            (-(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()).backward()
+            adapting.step()
+            with torch.no_grad():
+                for name, p in net.named_parameters():
+                    p.copy_(torch.where(torch.rand_like(p) < share, source[name], p))
+    assert probe.diagnosis.summary.tasks == (1 if share < 1 else 12)
