@@ -2,8 +2,8 @@
 
 Into bounds: so the critic of the first Wasserstein GAN stays Lipschitz (Arjovsky et al.,
 Wasserstein generative adversarial networks, 2017, algorithm 1), a perturbation stays small, a
-factor stays nonnegative. Told by value: each weight is what the step made of it, or at a bound it was beyond.
-Or a few here and there: see :func:`are_mostly_left`.
+factor stays nonnegative. Told by value: each weight is what the step made of it, or at a bound that
+it was beyond. Or a few here and there: see :func:`are_mostly_left`.
 """
 
 from __future__ import annotations
