@@ -85,14 +85,15 @@ def _steps(rows: Sequence[Row], parameters: int) -> tuple[dict[str, Array], Arra
 
 
 def _scalar_columns(rows: Sequence[Row], parameters: dict[str, Array]) -> dict[str, Array]:
-    losses = _per_task(rows, [row.loss for row in rows])
+    own = [_own_loss(row) for row in rows]
+    losses = _per_task(rows, own)
     rates = _per_task(rows, [row.learning_rate for row in rows])
     table = np.asarray(
         [
             (r.task, r.step, r.phase, r.layout, r.site, r.seconds, r.flags,
-             r.loss is not None, r.learning_rate is not None,
+             loss is not None, r.learning_rate is not None,
              _total_norm(r.carried) if r.carried else 0.0)
-            for r in rows
+            for r, loss in zip(rows, own, strict=True)
         ],
         dtype=np.float64,
     )  # fmt: skip
@@ -124,6 +125,14 @@ def _add_late_flags(table: Array, rows: Sequence[Row]) -> None:
 
 def _total_norm(tensors: Sequence[Tensor]) -> float:
     return float(np.sqrt(np.square(norms(tensors)).sum()))
+
+
+def _own_loss(row: Row) -> Number:
+    """A row's loss; None where it is those of several models that a vmap ran as one task."""
+    loss = row.loss
+    if isinstance(loss, Tensor) and loss.numel() not in (1, row.width):
+        return None
+    return loss
 
 
 def _per_task(rows: Sequence[Row], values: Sequence[Number]) -> Array:
