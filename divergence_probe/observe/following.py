@@ -33,6 +33,7 @@ from divergence_probe.observe.tensors import (
     changes_of,
     is_unreal,
     plain,
+    storage_of,
     tensors_in,
 )
 from divergence_probe.record.schema import FLAGS
@@ -89,7 +90,7 @@ class Follower(TorchFunctionMode):
             tensor = reference()
             if tensor is not None:
                 self._lineage.add(tensor, Ancestry(parameters=frozenset((index,))))
-                pointer = _storage(tensor)
+                pending.place = pointer = storage_of(tensor)
                 if pointer:
                     self._storages.setdefault(pointer, []).append(index)
         for index, reference in self._gradients:
@@ -240,6 +241,8 @@ class Follower(TorchFunctionMode):
         if operation.foreach:
             self._foreach(pending, operation, args, kwargs, result)
             return
+        if "out" in kwargs:
+            operation, args, kwargs = _as_in_place(operation, args, kwargs)
         taken, steps, cut = self._taken(pending, operation, args, kwargs)
         in_place = operation.in_place and args and isinstance(args[0], Tensor)
         if in_place and self._written(
@@ -260,7 +263,7 @@ class Follower(TorchFunctionMode):
             if cut and taken.gradients:
                 self._lineage.add_cut(tensor)
             self._made(pending, tensor, taken)
-            if operation.reshapes and args and taken.updated:
+            if (operation.reshapes or operation.converts) and args and taken.updated:
                 self._reshape(pending, args[0], tensor, taken.updated)
 
     def _note_step(self, args: Any, kwargs: Any, result: Any) -> None:
@@ -281,8 +284,9 @@ class Follower(TorchFunctionMode):
         taken = UNRELATED
         steps: list[Tensor] = []
         # What is overwritten does not matter to the value that comes out, only what it is made of;
-        # nor does what only lends its shape.
-        sources = args[1:] if operation.overwrites else args[:1] if operation.reshapes else args
+        # nor does what only lends its shape, or its kind.
+        alone = operation.reshapes or operation.converts
+        sources = args[1:] if operation.overwrites else args[:1] if alone else args
         cut = operation.detaches or not self._guard.differentiable
         for tensor in _tensors(sources, kwargs):
             ancestry = self._lineage.of(tensor)
@@ -314,12 +318,18 @@ class Follower(TorchFunctionMode):
                 self._reshaped[id(result)] = (weakref.ref(result), position)
 
     def _candidate(self, pending: Pending, index: int, tensor: Tensor) -> int | None:
-        """Which of an input's candidates a tensor is, in whatever shape."""
-        for position, candidate in enumerate(pending.candidates[index]):
-            if candidate.tensor() is tensor or _rearranged(candidate, tensor):
-                return position
+        """Which of an input's candidates a tensor is, in whatever shape.
+
+        One of another kind than the parameter's that was made of another one is that: a half copy
+        that is used is the parameter's.
+        """
         reshaped = self._reshaped.get(id(tensor))
         known = reshaped is not None and reshaped[0]() is tensor
+        for position, candidate in enumerate(pending.candidates[index]):
+            if candidate.tensor() is tensor or _rearranged(candidate, tensor):
+                if known and tensor.dtype is not pending.before[index].dtype:
+                    break
+                return position
         return reshaped[1] if reshaped is not None and known else None
 
     def _foreach(
@@ -357,7 +367,7 @@ class Follower(TorchFunctionMode):
         """
         index = pending.is_input(target) if operation.name == "data.__set__" else None
         if index is not None:  # its memory is another from now on
-            self._storages.setdefault(_storage(target), []).append(index)
+            self._storages.setdefault(storage_of(target), []).append(index)
         else:
             index = self._parameter_at(pending, target)
         updated = index is not None and pending.writes[index] and index not in pending.moved_back
@@ -401,12 +411,12 @@ class Follower(TorchFunctionMode):
 
         (That of one which is gone, or has other memory by now, may be anybody's.)
         """
-        place = _storage(target)
+        place = storage_of(target)
         known = self._storages.get(place)
         if known is None:
             return None
         alive = [(i, t) for i in known if (t := pending.inputs[i]()) is not None]
-        indices = [(index, tensor) for index, tensor in alive if _storage(tensor) == place]
+        indices = [(index, tensor) for index, tensor in alive if storage_of(tensor) == place]
         if len(indices) == 1:
             return indices[0][0]
         address = plain(target).data_ptr() if indices else 0
@@ -440,8 +450,11 @@ class Follower(TorchFunctionMode):
                 for candidate in known
             ):
                 value = batched(tensor, pending.width).detach()
+                place = 0
+                if pending.learned.rebinds:  # it will be the parameter's memory, and written to
+                    place, value = storage_of(value), value.clone()
                 cut = self._lineage.is_cut(tensor)
-                known.append(Candidate(weakref.ref(tensor), value, cut))
+                known.append(Candidate(weakref.ref(tensor), value, cut, place))
 
     def _used(
         self, pending: Pending, index: int, tensor: Tensor, operation: Operation, args: Any
@@ -495,7 +508,7 @@ def _rearranged(candidate: Candidate, tensor: Tensor) -> bool:
     value = candidate.value
     if value.dim() < 2 or tensor.dim() != value.dim() or tensor.layout is not torch.strided:
         return False
-    return tensor.stride() != value.stride() and _storage(tensor) == _storage(value)
+    return tensor.stride() != value.stride() and storage_of(tensor) == storage_of(value)
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
@@ -506,6 +519,15 @@ def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterable[Tensor]:
             for member in arg:
                 if isinstance(member, Tensor):
                     yield member
+
+
+def _as_in_place(
+    operation: Operation, args: Any, kwargs: dict[str, Any]
+) -> tuple[Operation, Any, dict[str, Any]]:
+    """What is told to write into its ``out=``, as if it were a method of that."""
+    others = {name: value for name, value in kwargs.items() if name != "out"}
+    target = kwargs["out"]
+    return operation.into(target, _tensors(args, others)), (target, *args), others
 
 
 def _rates(args: Iterable[Any], kwargs: dict[str, Any]) -> list[float]:
@@ -522,11 +544,3 @@ def _results(result: Any) -> Iterable[Tensor]:
     if isinstance(result, list | tuple):
         return [member for member in result if isinstance(member, Tensor)]
     return ()
-
-
-def _storage(tensor: Tensor) -> int:
-    """Address of the memory behind a tensor; 0 where it has none of its own."""
-    try:
-        return plain(tensor).untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, meta, or a wrapper without storage
-        return 0

@@ -23,6 +23,7 @@ from divergence_probe.observe import (
     normalization,
     optimizers,
     process_group,
+    swaps,
     transforms,
 )
 from divergence_probe.observe.loops import Loops
@@ -38,6 +39,7 @@ _INSTRUMENTS = (
     copies,
     checkpointing,
     process_group,
+    swaps,
 )
 _LOOP_INSTRUMENTS = (gradients, transforms, optimizers)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 #: Operations that use a parameter as a weight: what they take is a finished parameter.
@@ -19,7 +20,6 @@ _WEIGHT_OPERATIONS = frozenset(
 _IN_PLACE_NAMES = frozenset(
     {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "data.__set__"}
 )
-
 
 #: Operations that give the same numbers another shape, or repeat or take some of them.
 _RESHAPING = frozenset(
@@ -43,6 +43,11 @@ _UNRELATED = frozenset({"grad.__get__", "grad.__set__", "shape.__get__", "size",
 #: Writes that replace a value whatever it was: without a gradient in them, a restore.
 _OVERWRITES = frozenset({"copy_", "data.__set__", "fill_", "zero_", "set_", "__setitem__"})
 
+#: Operations that give the same numbers another kind.
+_CONVERTS = frozenset(
+    {"to", "type", "type_as", "half", "bfloat16", "float", "double", "cpu", "cuda"}
+)
+
 #: Operations that take a value out of torch, where it cannot be followed.
 _ESCAPES = frozenset({"numpy", "tolist", "__array__"})
 
@@ -62,6 +67,7 @@ class Operation:
         clips: it bounds its argument element by element.
         escapes: its result is outside of torch.
         in_place: it writes into its first argument.
+        converts: its result is its argument's numbers in another kind, or on another device.
     """
 
     name: str
@@ -74,6 +80,12 @@ class Operation:
     clips: bool
     escapes: bool
     in_place: bool
+    converts: bool
+
+    def into(self, target: object, operands: Iterable[object]) -> Operation:
+        """The same that writes into ``target``: anew, unless that is one of its operands, too."""
+        anew = all(operand is not target for operand in operands)
+        return replace(self, in_place=True, overwrites=anew)
 
 
 def operation_of(func: Any) -> Operation:
@@ -98,4 +110,5 @@ def _operation(name: str) -> Operation:
         clips=name in _CLIPPING,
         escapes=name in _ESCAPES,
         in_place=name in _IN_PLACE_NAMES or trailing,
+        converts=name in _CONVERTS,
     )

@@ -56,6 +56,7 @@ class Learned:
         flags: ``schema.FLAGS`` that hold of every step here.
         disturbs: whether weights were put back before the step here, as they were only disturbed.
         discards: whether an update was thrown away here: each is followed to its first use.
+        rebinds: whether parameters were given the memory of their update here.
         unmaps: whether gradients of many tasks leave the vmap here, and the update is made outside.
         in_turn: whether tasks take their steps in turn here, so that one goes on after another.
         unused: what became of each parameter, if the next gradient was taken at the same point.
@@ -77,6 +78,7 @@ class Learned:
     flags: int = 0
     disturbs: bool = False
     discards: bool = False
+    rebinds: bool = False
     unmaps: bool = False
     in_turn: bool = False
     unused: Made = field(default_factory=list)
@@ -117,11 +119,13 @@ class Candidate:
     """What may be a parameter's updated tensor: the user's, weakly, and its value.
 
     ``cut`` where the gradient in it was detached: then it is first order whatever the graph was.
+    ``place`` is the address of its memory where the value is a copy.
     """
 
     tensor: weakref.ref[Tensor]
     value: Tensor
     cut: bool = False
+    place: int = 0
 
 
 @dataclass(slots=True)
@@ -179,6 +183,8 @@ class Pending:
         in_the_middle: whether its loop is known, and goes on with a gradient of the same kind.
         made_by: one past the number of the autograd node that made its last input; -1 a leaf.
         ended: the next autograd node's number when it had been taken.
+        place: address of the memory behind its last input that was there when it was taken, where
+            it is followed; 0 unknown.
         passed_by: how often an optimizer stepped what its inputs are copies of, without a gradient.
         graph: of what it was taken of, where that was told to be left whole.
         point: where the leaves of a backward were, where they may be put back before it is used.
@@ -227,6 +233,7 @@ class Pending:
     made_by: int = -1
     ended: int = -1
     point: Point | None = None
+    place: int = 0
     passed_by: int = 0
     graph: weakref.ref[Watched] | None = None
 

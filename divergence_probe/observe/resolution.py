@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
+from divergence_probe.observe.at_hand import mark_of
 from divergence_probe.observe.models import Models
 from divergence_probe.observe.pending import MOST_IN_TURN, Made, Pending
 from divergence_probe.observe.recital import Recital
 from divergence_probe.observe.snapshot import are_whole, is_empty, shapes_of, snapshot
-from divergence_probe.observe.tensors import address_of, base_of, batched, physical
+from divergence_probe.observe.tensors import (
+    address_of,
+    base_of,
+    batched,
+    physical,
+    storage_of,
+)
 from divergence_probe.record.schema import FLAGS
 
 
@@ -57,6 +64,8 @@ def resolve(
         return loaded
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
+    if _other_memory(pending):
+        return _in_place(pending)
     if _discarded(pending, following, elsewhere):
         pending.flags |= FLAGS["discarded"]
         pending.learned.discards = True
@@ -128,6 +137,32 @@ def _loaded(pending: Pending, following: Sequence[Tensor]) -> Update | None:
     if pending.width > 1 or [tensor.shape for tensor in made] != list(shapes_of(pending.before)):
         return None
     return Update(list(made), snapshot(made, copy=True))
+
+
+def _other_memory(pending: Pending) -> bool:
+    """Whether parameters were given the memory of their update, and note that it was written.
+
+    ``Tensor.set_`` and ``torch.utils.swap_tensors`` do that, which no function mode is told of.
+    After a task's last step they may have been given another one since, or be gone: then the update
+    is what it was there before.
+    """
+    learned, last = pending.learned, pending.inputs[-1]()
+    if not pending.place or (last is not None and storage_of(last) == pending.place):
+        return False
+    for index, candidates in enumerate(pending.candidates):
+        parameter = pending.inputs[index]()
+        if parameter is None:
+            continue
+        place = storage_of(parameter)
+        for candidate in candidates:
+            if place == (candidate.place or storage_of(candidate.value)):
+                pending.written[index] = candidate.value.clone()
+                pending.marks[index] = mark_of(parameter)
+    if not pending.written and learned.rebinds:
+        values = [_choose(pending, i, (), False).value for i in range(len(pending.inputs))]
+        pending.written = {i: value for i, value in enumerate(values) if value is not None}
+    learned.rebinds |= bool(pending.written)
+    return bool(pending.written)
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor], elsewhere: bool) -> bool:
@@ -235,9 +270,12 @@ def _choose(pending: Pending, index: int, following: Sequence[Tensor], continues
         if wanted is not None and 0 <= wanted < len(candidates):
             return _Choice(wanted, candidates[wanted].tensor(), candidates[wanted].value)
     if candidates:
-        last = candidates[-1]
-        certain = len(candidates) == 1
-        return _Choice(len(candidates) - 1, last.tensor(), last.value, certain)
+        # An update keeps its parameter's kind; what has another one is a copy, to be logged, say.
+        kind = pending.before[index].dtype
+        alike = [i for i, candidate in enumerate(candidates) if candidate.value.dtype is kind]
+        chosen = alike or list(range(len(candidates)))
+        last = candidates[chosen[-1]]
+        return _Choice(chosen[-1], last.tensor(), last.value, len(chosen) == 1)
     if pending.gradients[index] is None:
         tensor = pending.inputs[index]()
         return _Choice(-1, tensor, pending.before[index])

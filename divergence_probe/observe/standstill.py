@@ -42,7 +42,7 @@ def note_standstill(
     """
     if not indices or not isinstance(result, Tensor):
         return
-    if operation.overwrites or operation.reshapes or operation.detaches:
+    if operation.overwrites or operation.reshapes or operation.converts or operation.detaches:
         return  # (only hands on what an earlier operation made)
     if not pending.flags & _STILL and _first(pending) not in indices:
         return

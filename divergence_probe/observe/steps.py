@@ -8,7 +8,8 @@ are measured where they lie; stacking them would move more memory than it saves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +162,7 @@ def _parameter(
         if not whole:
             return
         triples, chosen = [where[i] for i in whole], _Chosen.of(whole, previous)
-        before, after, gradient = (_stacked([t[k] for t in triples], width) for k in range(3))
+        before, after, gradient = _alike(_stacked([t[k] for t in triples], width) for k in range(3))
     else:
         before, after, gradient = stacks
     update = after - before
@@ -199,11 +200,15 @@ def _all_stacked(kinds: tuple[Sequence[Tensor | None], ...], width: int) -> _Sta
         return None
     if not _is_whole((before, after, gradient), len(kinds[0])):
         return None
-    stacks = (t.detach().reshape(len(t), width, -1) for t in (before, after, gradient))
-    before, after, gradient = (
-        t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in stacks
-    )
-    return before, after, gradient
+    return _alike(t.detach().reshape(len(t), width, -1) for t in (before, after, gradient))
+
+
+def _alike(stacks: Iterable[Tensor]) -> _Stacks:
+    """All of one kind, the widest among them, and of single precision at least."""
+    before, after, gradient = stacks
+    kind = functools.reduce(torch.promote_types, (after.dtype, gradient.dtype), before.dtype)
+    kind = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
+    return before.to(kind), after.to(kind), gradient.to(kind)
 
 
 def _is_whole(triple: _Triple, members: int = 1) -> bool:
@@ -220,13 +225,12 @@ def _is_whole(triple: _Triple, members: int = 1) -> bool:
 
 
 def _stacked(tensors: Sequence[Tensor | None], width: int) -> Tensor:
-    """``[R, W, n]`` in at least single precision."""
+    """``[R, W, n]`` of one kind."""
     present = [tensor for tensor in tensors if tensor is not None]
     first = present[0]
     if any(t.dtype is not first.dtype or t.device != first.device for t in present):
         present = [tensor.to(device=first.device, dtype=torch.float32) for tensor in present]
-    stacked = torch.stack(present).detach().reshape(len(present), width, -1)
-    return stacked.float() if stacked.dtype in (torch.float16, torch.bfloat16) else stacked
+    return torch.stack(present).detach().reshape(len(present), width, -1)
 
 
 def _check_overflow(

@@ -131,6 +131,14 @@ def address_of(tensor: Tensor) -> int:
         return 0
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Address of the memory behind a tensor; 0 where it has none of its own."""
+    try:
+        return plain(tensor).untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, meta, or a wrapper without storage
+        return 0
+
+
 def changes_of(tensor: Tensor) -> int:
     """Torch's count of its in-place changes; none is kept in inference mode."""
     try:

@@ -52,10 +52,29 @@ def flat(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor], rate: floa
     vector_to_parameters(vector, parameters)
 
 
+def out(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor], rate: float) -> None:
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, grads, strict=True):
+            torch.sub(parameter, gradient, alpha=rate, out=parameter)
+
+
+def other_memory(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor], rate: float) -> None:
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, grads, strict=True):
+            parameter.set_(parameter.detach() - rate * gradient)
+
+
+def swapped(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor], rate: float) -> None:
+    """(Torch refuses that where there are weak references, as ours.)"""
+    for parameter, gradient in zip(parameters, grads, strict=True):
+        new = nn.Parameter(parameter.detach() - rate * gradient)
+        torch.utils.swap_tensors(parameter, new)
+
+
 Step = Callable[[Sequence[nn.Parameter], Sequence[Tensor], float], None]
 
 
-@pytest.mark.parametrize("step", [minus, alpha, foreach, flat])
+@pytest.mark.parametrize("step", [minus, alpha, foreach, flat, out, other_memory, swapped])
 @pytest.mark.parametrize(("rate", "expected"), [(TINY, ["LR002"]), (0.0, []), (0.05, [])])
 def test_copies_stepped_in_place_by_hand(step: Step, rate: float, expected: list[str]) -> None:
     base = build()
@@ -66,9 +85,34 @@ def test_copies_stepped_in_place_by_hand(step: Step, rate: float, expected: list
             for _ in range(3):
                 grads = torch.autograd.grad(F.mse_loss(learner(x), y), parameters)
                 step(parameters, grads, rate)
+                logged = [parameter.detach().double().norm() for parameter in parameters]
+                assert all(norm > 0 for norm in logged)
 
     assert alarms(probe) == expected
     assert probe.diagnosis.summary.inner_steps == 12
+    rows = probe.recording.steps()
+    last = rows[(rows.phase == "support") & (rows.step == 2)]
+    assert last.norm_after.notna().all()
+    assert list(last.norm_after[-len(logged) :]) == pytest.approx([float(n) for n in logged])
+
+
+@pytest.mark.parametrize("put_back", [Tensor.set_, Tensor.copy_])
+def test_other_memory_is_put_back_or_written_to(put_back: Callable[..., Tensor]) -> None:
+    """One model whose parameters are given other memory at each step, and reset after the last."""
+    net = build()
+    parameters = list(net.parameters())
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            (x, y), start = batch(), [parameter.detach().clone() for parameter in parameters]
+            for _ in range(3):
+                grads = torch.autograd.grad(F.mse_loss(net(x), y), parameters)
+                other_memory(parameters, grads, 0.05)
+            for parameter, value in zip(parameters, start, strict=True):
+                with torch.no_grad():
+                    put_back(parameter, value)
+
+    summary = probe.diagnosis.summary
+    assert (summary.tasks, summary.inner_steps, alarms(probe)) == (4, 12, [])
 
 
 def trained(net: nn.Module, rates: Sequence[float]) -> divergence_probe.Probe:

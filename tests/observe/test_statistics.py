@@ -247,6 +247,31 @@ def test_steps_against_a_row_by_row_computation(dtype):
             )  # fmt: skip
 
 
+def test_kinds_may_differ_within_a_row_and_between_rows():
+    torch.manual_seed(0)
+    kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    rows, previous = [], None
+    for step, (before, after, gradient) in enumerate(itertools.product(kinds, repeat=3)):
+        sets = ([torch.randn(4, 3).to(kind)] for kind in (before, after, gradient))
+        previous = row(*sets, previous, step)
+        rows.append(previous)
+
+    for some in ([*rows], rows[1::4], rows[:1], rows[1:2], rows[4:5]):
+        numbers = measure(some, 1, 1)
+        for name, values in zip(("norm_before", "norm_after"), naive(some, 0), strict=False):
+            np.testing.assert_allclose(numbers.columns[name][:, 0, 0], values, rtol=2e-2)
+        assert np.isfinite(numbers.columns["step_rate"]).all()
+
+
+def test_losses_of_several_models_are_none_of_a_task_of_one():
+    rows = [row([None], [None], [None], loss=loss) for loss in (torch.ones(4), torch.ones(1), 2.0)]
+    layout = Layout(0, "Net", (ParameterInfo("w", (2,), "float64", "cpu"),))
+    block = build_block(rows, layout, [], [], 0)
+
+    np.testing.assert_array_equal(block.scalars["loss_seen"], [0, 1, 1])
+    np.testing.assert_array_equal(block.scalars["loss"], [math.nan, 1, 2])
+
+
 def test_huge_weights_are_measured_as_finite():
     before, after = torch.full((4,), 1e30), torch.full((4,), 3e30)
     rows = [row([before], [after], [torch.full((4,), 1e25)], step=i) for i in range(2)]

@@ -152,6 +152,31 @@ def test_autocast() -> None:
     assert check(net, forward, torch.randn(5, 4)).diagnosis.verdict == "healthy"
 
 
+@pytest.mark.parametrize("used", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_of_another_kind_are_no_updates(used: torch.dtype) -> None:
+    """Weights are logged in double precision, or run forward in half, made anew each time."""
+    net = nn.Linear(4, 4)
+    x, ends = torch.randn(5, 4), []
+    with divergence_probe.attach() as probe:
+        for _ in range(TASKS):
+            fast = dict(net.named_parameters())
+            for _ in range(STEPS):
+                copied = {name: value.to(used) for name, value in fast.items()}
+                loss = functional_call(net, copied, (x.to(used),)).float().square().mean()
+                grads = torch.autograd.grad(loss, list(fast.values()))
+                fast = {n: v - RATE * g for (n, v), g in zip(fast.items(), grads, strict=True)}
+                ends.append([v.detach().to(torch.float64).norm().item() for v in fast.values()])
+            copied = {name: value.to(used) for name, value in fast.items()}
+            functional_call(net, copied, (x.to(used),))
+            sum(value.sum() for value in fast.values()).backward()
+    steps = probe.recording.steps()
+    rows = steps[steps.phase == "support"]
+
+    assert probe.diagnosis.summary.incomplete == ()
+    truth = [norm for end in ends for norm in end]
+    assert list(rows.norm_after) == pytest.approx(truth, rel=1e-6)
+
+
 def test_checkpointing_in_place_is_no_fault() -> None:
     """A checkpointed model adapted in place recomputes with the weights it had."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
