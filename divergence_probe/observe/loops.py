@@ -428,7 +428,7 @@ class Loops:
             pending.learned.steps = pending.learned.previous_steps = None
             nothing: list[Tensor | None] = [None] * len(pending.inputs)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
-        elif pending.escaped or (pending.learned.unmaps and not any(pending.candidates)):
+        elif self.tasks.left_torch(pending):
             nothing = [None] * len(pending.inputs)
             self._session.unseen(_ESCAPED if pending.escaped else _UNMAPPED)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))

@@ -111,6 +111,35 @@ def test_the_clones_batch_norm_is_the_bases():
     assert layers["batches"].tolist() == [1, 2, 3, 4, 5, 6]  # one counter for every task
 
 
+@pytest.mark.parametrize(
+    ("features_train", "expected"), [(True, []), (False, ["stale-running-stats"])]
+)
+def test_features_under_an_adapted_head_run_for_its_tasks(features_train, expected):
+    """Only the features that led to the loss: a random teacher in eval mode is to be as it is."""
+    torch.manual_seed(0)
+    features, teacher = (
+        nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU()) for _ in range(2)
+    )
+    features.train(features_train)
+    teacher.eval()
+    head = l2l.algorithms.MAML(nn.Linear(16, 3), lr=0.1)
+    outer = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-3)
+    with divergence_probe.attach() as probe:
+        for _ in range(4):
+            x, y = 30 + 60 * torch.randn(30, 8), torch.arange(30) % 3
+            seen, aside, learner = features(x), teacher(x), head.clone()
+            for _ in range(2):
+                learner.adapt(F.cross_entropy(learner(seen[:15]), y[:15]))
+            loss = F.cross_entropy(learner(seen[15:] + 0 * aside[15:].detach()), y[15:])
+            outer.zero_grad()
+            loss.backward()
+            outer.step()
+    rows = probe.recording.batch_norm()
+
+    assert [f.cause for f in probe.diagnosis.findings if f.severity.label == "error"] == expected
+    assert list(rows[rows.phase == "support"]["step"]) == [0] * 4
+
+
 def test_learning_rates():
     for kind, rate in (("MAML", 0.05), ("MetaSGD", 0.05), ("GBML", 1e-4)):
         learner = LEARNERS[kind](network())

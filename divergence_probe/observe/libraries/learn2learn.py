@@ -21,6 +21,7 @@ from divergence_probe.observe.patching import Patches
 from divergence_probe.observe.session import Session
 from divergence_probe.observe.snapshot import kept_as_stepped
 from divergence_probe.observe.task import Task
+from divergence_probe.observe.tensors import leaves
 from divergence_probe.record.schema import FLAGS
 
 LIBRARY = "learn2learn"
@@ -44,6 +45,7 @@ class _Learners:
         self.tasks: weakref.WeakKeyDictionary[nn.Module, Task] = weakref.WeakKeyDictionary()
         self.known: weakref.WeakKeyDictionary[nn.Module, KnownModel] = weakref.WeakKeyDictionary()
         self.gone: list[Task] = []
+        self._asked = -1
         session.closing.append(self._finish_gone)
 
     def clone(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +107,8 @@ class _Learners:
                 task = self._task(self_)
                 module = self_.module
                 before = list(module.parameters())
-                forwards = task.forwards.split_for(loss, lambda weight: False)
+                forwards = self._around(loss)
+                forwards.extend(task.forwards.split_for(loss, lambda weight: False))
                 site = self.session.sites.here()
             with library_step(guard) as taken:
                 result = original(self_, loss, *args, **kwargs)
@@ -115,6 +118,19 @@ class _Learners:
             return result
 
         return adapt
+
+    def _around(self, loss: Tensor) -> Forwards:
+        """What ran outside of any learner (features under an adapted head) and led to ``loss``.
+
+        Told by the loss's graph, which is asked once for what ran since it was asked last.
+        """
+        loose = self.session.loose.forwards
+        calls = [call for call in loose.normalizations if call.order > self._asked]
+        if not calls:
+            return Forwards()
+        self._asked = calls[-1].order
+        weights = {id(call.weight()) for call in calls if call.weight is not None}
+        return loose.take_through(leaf for leaf in leaves(loss) if id(leaf) in weights)
 
     def _task(self, learner: Any) -> Task:
         """A learner's task; one that adapts without being a clone moves the base itself."""
