@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -25,7 +26,7 @@ _STATES = 8
 
 
 def install(patches: Patches, session: Session) -> None:
-    """Watch deep copies of models and of parameters, and ``load_state_dict``."""
+    """Watch copies of models and of parameters, deep or unpickled, and ``load_state_dict``."""
     # (Not at deepcopy itself, which every number in a list goes through.)
     ours = _module(session)
     patches.add_attribute(nn.Module, "__deepcopy__", ours)
@@ -33,6 +34,8 @@ def install(patches: Patches, session: Session) -> None:
     patches.set_attribute(
         nn.Parameter, "__deepcopy__", lambda original: _parameter(session, original)
     )
+    for rebuild in (torch._utils._rebuild_parameter, torch._utils._rebuild_parameter_with_state):
+        patches.swap_code(rebuild, lambda original: _rebuilt(session, original))
     states = _States()
     patches.set_attribute(
         nn.Module, "state_dict", lambda original: _state(session, states, original)
@@ -112,6 +115,19 @@ def _parameter(session: Session, original: Callable[..., Any]) -> Callable[..., 
         return result
 
     return __deepcopy__
+
+
+def _rebuilt(session: Session, original: Callable[..., Any]) -> Callable[..., Any]:
+    """What unpickles a parameter."""
+    guard, threads = session.guard, session.guard.threads
+
+    def _rebuild_parameter(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if guard.active and not threads.state.away:
+            session.models.note_rebuilt(result)
+        return result
+
+    return _rebuild_parameter
 
 
 class _States:

@@ -161,16 +161,6 @@ class LoopTasks:
             carried=[gradient for _, gradient in pending.carried] if pending.carried else (),
         )
 
-    def left_torch(self, pending: Pending) -> bool:
-        """Whether a gradient whose update was not seen went where that may have been made.
-
-        Not where its weights are stepped, and at another line: then it was the query's that left.
-        """
-        if not pending.escaped:
-            return pending.learned.unmaps and not any(pending.candidates)
-        home = pending.task or pending.adapting
-        return home is None or home.ended or not home.steps or home.learned is pending.learned
-
     def reorder(self, task: Task, pending: Pending) -> None:
         """Bring a task's positions into the order this gradient was taken in, which may differ.
 

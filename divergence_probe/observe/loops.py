@@ -428,7 +428,7 @@ class Loops:
             pending.learned.steps = pending.learned.previous_steps = None
             nothing: list[Tensor | None] = [None] * len(pending.inputs)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))
-        elif self.tasks.left_torch(pending):
+        elif pending.left_torch or (pending.learned.unmaps and not any(pending.candidates)):
             nothing = [None] * len(pending.inputs)
             self._session.unseen(_ESCAPED if pending.escaped else _UNMAPPED)
             self.tasks.step(pending, Update(list(nothing), list(nothing)))

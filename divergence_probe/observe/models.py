@@ -101,6 +101,7 @@ class Models:
         self._searched: set[int] = set()
         self._alive = ModulesAlive()
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+        self._rebuilt: dict[int, weakref.ref[Tensor]] = {}
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._begun: dict[int, weakref.ref[Tensor]] = {}
         self._alike: list[list[weakref.ref[Tensor]]] = []
@@ -261,6 +262,38 @@ class Models:
             weakref.ref(origin),
         )
 
+    def note_rebuilt(self, tensor: Tensor) -> None:
+        """``tensor`` was unpickled: its model may be a copy of another one."""
+        key = id(tensor)
+        self._rebuilt[key] = weakref.ref(tensor, lambda _: self._rebuilt.pop(key, None))
+
+    def _look_for_origin(self, tensor: Tensor) -> None:
+        """Look, once, for what an unpickled parameter's model is a copy of.
+
+        That is a model of the same class with the same values throughout, and no copy itself.
+        """
+        del self._rebuilt[id(tensor)]
+        modules = self._modules()
+        owners = [module for module in modules if _owns(module, {id(tensor)})]
+        copy = max(owners, key=lambda module: len(list(module.modules())), default=None)
+        own = dict(copy.named_parameters()) if copy is not None else {}
+        if copy is None or not all(map(worth_a_wait, own.values())):
+            return
+        for parameter in own.values():
+            self._rebuilt.pop(id(parameter), None)
+        if all(map(is_fresh, own.values())):
+            return  # zeros are equal to any other zeros
+        copies, kind = self._rebuilt.keys() | self._copies.keys(), type(copy)
+        for origin in (module for module in modules if type(module) is kind and module is not copy):
+            theirs = dict(origin.named_parameters())
+            if theirs.keys() != own.keys() or any(id(other) in copies for other in theirs.values()):
+                continue
+            if all_same(list(own.values()), list(theirs.values()), worth_a_wait):
+                for name, parameter in own.items():
+                    self.note_copy(parameter, theirs[name])
+                self.note_module_copy(copy, origin)
+                return
+
     def note_module_copy(self, copy: nn.Module, origin: nn.Module) -> None:
         """``copy`` is a deep copy of ``origin``: its modules keep the names they have there.
 
@@ -280,13 +313,15 @@ class Models:
         return entry[1] if entry is not None and entry[0]() is module else None
 
     def origin_of(self, tensor: Tensor) -> Tensor | None:
-        """What ``tensor`` was deep-copied from, if it is a copy."""
+        """What ``tensor`` was deep-copied from (or pickled), if it is a copy."""
+        if self._rebuilt and id(tensor) in self._rebuilt:
+            self._look_for_origin(tensor)
         entry = self._copies.get(id(tensor))
         return entry[1]() if entry is not None and entry[0]() is tensor else None
 
     def origins_of(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """What each of ``tensors`` was deep-copied from; None where one is no copy."""
-        if not self._copies:
+        if not self._copies and not self._rebuilt:
             return None
         origins = [self.origin_of(tensor) for tensor in tensors]
         present = [origin for origin in origins if origin is not None]

@@ -305,6 +305,19 @@ class Pending:
         return any(self.writes) or any(self.candidates)
 
     @property
+    def left_torch(self) -> bool:
+        """Whether its update may have been made where it cannot be followed.
+
+        Not where its weights have been stepped, at another line, or in torch: then it is the
+        query's gradient that left.
+        """
+        task, learned = self.task or self.adapting, self.learned
+        if not self.escaped or task is None or task.ended or not task.steps:
+            return self.escaped
+        in_torch = learned.candidates is not None or learned.functional is False
+        return task.learned is learned and not in_torch
+
+    @property
     def home(self) -> tuple[Task, list[int]] | None:
         """The task whose adapted weights it was taken of, and their positions in the model."""
         if self.task is not None:

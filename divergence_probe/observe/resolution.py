@@ -324,7 +324,7 @@ def _continues(pending: Pending, following: Sequence[Tensor], models: Models) ->
     """
     if len(following) != len(pending.inputs):
         return False
-    if pending.followed and not (pending.escaped or _left_its_map(pending, following)):
+    if pending.followed and not (pending.left_torch or _left_its_map(pending, following)):
         return False
     for tensor, shape in zip(following, shapes_of(pending.before), strict=True):
         own = physical(tensor)[0].shape

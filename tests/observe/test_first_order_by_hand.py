@@ -21,6 +21,7 @@ from .test_bases import (
     TASKS,
     Result,
     batch,
+    clones_in_an_optimizer,
     clones_in_place,
     clones_replaced,
     counted,
@@ -89,6 +90,39 @@ def test_the_move_is_recorded_where_the_base_was_known_before() -> None:
     steps = probe.recording.steps()
 
     assert (steps[steps.phase == "outer"].update_norm > 0).all()
+
+
+@pytest.mark.parametrize(
+    "task", [deep_copy, clones_replaced, clones_in_place, clones_in_an_optimizer, made_anew]
+)
+def test_a_query_s_gradient_that_leaves_torch_is_no_step(task: Task) -> None:
+    """As where it is sent to another process, and comes back as numbers."""
+    base = network()
+    outer = torch.optim.SGD(base.parameters(), lr=0.01)
+    with divergence_probe.attach() as probe:
+        for _ in range(ITERATIONS):
+            sent = [[gradient.tolist() for gradient in task(base)] for _ in range(TASKS)]
+            for parameter, *grads in zip(base.parameters(), *sent, strict=True):
+                parameter.grad = torch.tensor(grads).mean(0)
+            outer.step()
+
+    assert counted(probe) == EXACT
+    assert probe.diagnosis.summary.incomplete == ()
+
+
+def test_steps_outside_of_torch_are_steps() -> None:
+    """The look-alike: where the updates themselves are made of numbers."""
+    base = network()
+    with divergence_probe.attach() as probe:
+        for _ in range(ITERATIONS):
+            (x, y), fast = batch(), list(base.parameters())
+            for _ in range(STEPS):
+                both = zip(fast, gradients(fast, x, y), strict=True)
+                moved = [weight.detach().numpy() - RATE * g.numpy() for weight, g in both]
+                fast = [torch.tensor(value, requires_grad=True) for value in moved]
+
+    assert counted(probe) == (ITERATIONS, ITERATIONS * STEPS, 0)
+    assert "left torch" in probe.diagnosis.summary.incomplete[0]
 
 
 def test_one_task_an_outer_step() -> None:

@@ -1,6 +1,7 @@
 """What is an inner loop, and what only looks like one."""
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -40,17 +41,41 @@ def train(net, steps=STEPS, penalty=lambda: 0.0):
     return optimizer
 
 
+def unpickled(net):
+    return pickle.loads(pickle.dumps(net))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
 @pytest.mark.parametrize(("copies", "expected"), [(1, (0, 0)), (3, (3, 3 * STEPS))])
-def test_one_copy_is_fine_tuned_and_several_are_adapted(copies, expected):
+def test_one_copy_is_fine_tuned_and_several_are_adapted(copied, copies, expected):
     base = network()
     alive = []  # as in a script, until the end
 
     def run():
         for _ in range(copies):
-            learner = copy.deepcopy(base)
+            learner = copied(base)
             alive.append((learner, train(learner)))
 
     assert watched(run) == expected
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_models_of_one_file_are_no_copies_of_each_other(zeros):
+    """An ensemble; and models that begin at zeros, as any other may."""
+    base = network()
+    if zeros:
+        for parameter in base.parameters():
+            nn.init.zeros_(parameter)
+    file, nets = pickle.dumps(base), []
+    if not zeros:
+        del base
+
+    def run():
+        nets.extend(pickle.loads(file) for _ in range(3))
+        for net in nets:
+            train(net)
+
+    assert watched(run) == (0, 0)
 
 
 @pytest.mark.parametrize("moved", [False, True])
