@@ -56,12 +56,8 @@ def resolve(
         models: the user's models, to tell a new task's start from an update.
         elsewhere: whether the next gradient is taken at another line: that of who looks ahead, say.
     """
-    if pending.written:
-        return _in_place(pending)
-    if pending.recited is not None:
-        return _recited(pending, pending.recited)
-    if pending.loaded and (loaded := _loaded(pending, following)) is not None:
-        return loaded
+    if (evident := _evident(pending, following)) is not None:
+        return evident
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
     if _other_memory(pending):
@@ -97,6 +93,15 @@ def resolve(
         pending.flags &= ~FLAGS["second_order"]
     _learn(pending, right, certain)
     return Update(tensors, snapshot(values, copy=False) if pending.width == 1 else values, certain)
+
+
+def _evident(pending: Pending, following: Sequence[Tensor]) -> Update | None:
+    """The update that was seen as it was made."""
+    if pending.written:
+        return _in_place(pending)
+    if pending.recited is not None:
+        return _recited(pending, pending.recited)
+    return _loaded(pending, following) if pending.loaded else None
 
 
 def _unfollowed(pending: Pending, following: Sequence[Tensor], models: Models) -> Update | None:
