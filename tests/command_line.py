@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,6 +55,17 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH", "")]))
     return kept | {"PYTHONPATH": path, **extra}
+
+
+def redirected(folder: Path, words: list[str], where: str) -> subprocess.CompletedProcess[str]:
+    """A command line that ended in ``folder``, its output redirected as bash is told."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{shlex.join(words)} {where}"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
 
 
 def interruptible() -> None:

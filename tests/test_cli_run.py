@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +16,15 @@ import pytest
 
 from divergence_probe.cli import main
 
-from .command_line import command, environment, interruptible, probe, strict_json, write_script
+from .command_line import (
+    command,
+    environment,
+    interruptible,
+    probe,
+    redirected,
+    strict_json,
+    write_script,
+)
 
 FORMATS = ("concise", "json", "html", "junit", "sarif", "github", "markdown")
 
@@ -146,17 +153,11 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize("case", UNWRITABLE)
 def test_nobody_to_show_the_report_to_is_no_failure(tmp_path: Path, case: str) -> None:
-    redirected, line, rate = UNWRITABLE[case]
+    where, line, rate = UNWRITABLE[case]
     code = int(rate > 1)
     write_script(tmp_path, f"{line}\nfor _ in loop({rate}): pass")
-    words = shlex.join(command("run", "-o", "rec", "--json", "r.json", "train.py"))
-    ended = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{words} {redirected}"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    words = command("run", "-o", "rec", "--json", "r.json", "train.py")
+    ended = redirected(tmp_path, words, where)
     assert (ended.returncode, ended.stdout) == (code, "")
     assert strict_json(tmp_path / "r.json")["verdict"] == ("diverged" if code else "healthy")
 

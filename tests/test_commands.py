@@ -25,7 +25,7 @@ from divergence_probe.commands.run import Run, split_options
 from divergence_probe.rules.registry import all_rules
 
 from .command_line import command as command_line
-from .command_line import environment, probe
+from .command_line import environment, probe, redirected
 
 Captured = pytest.CaptureFixture[str]
 
@@ -79,7 +79,7 @@ def test_every_command_has_help(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize(
-    ("redirected", "code", "told"),
+    ("where", "code", "told"),
     [
         (">/dev/full", 2, "Cannot write to standard output: No space left"),
         (">&-", 2, "Standard output is closed"),
@@ -87,17 +87,10 @@ def test_every_command_has_help(capsys: Captured) -> None:
     ],
 )
 def test_output_that_cannot_be_written_is_said(
-    recording: Path, tmp_path: Path, redirected: str, code: int, told: str
+    recording: Path, tmp_path: Path, where: str, code: int, told: str
 ) -> None:
     for arguments in (["check", recording], ["rule", "--all"], ["--version"]):
-        words = shlex.join(command_line(*arguments))
-        ended = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", f"{words} {redirected}"],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
+        ended = redirected(tmp_path, command_line(*arguments), where)
         assert ended.returncode == code
         assert told in ended.stderr and "Traceback" not in ended.stderr
         assert ended.stderr.count("\n") == bool(told)

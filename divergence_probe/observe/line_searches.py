@@ -10,10 +10,47 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from divergence_probe.observe.at_hand import is_at_hand
+from divergence_probe.observe.at_hand import Mark, is_at_hand, mark_of
+from divergence_probe.observe.snapshot import gathered
+from divergence_probe.observe.task import Task
 
 # The sine of the angle to the gradient that rounding alone makes.
 _ROUNDED = 1e-3
+
+
+def took_another_length(
+    task: Task, places: Sequence[int], found: Sequence[tuple[Tensor, Mark]]
+) -> bool:
+    """Whether a task's last step was only tried out, and taken with another length since.
+
+    Then that is what it is recorded with.
+
+    Args:
+        task: adapts in place.
+        places: positions of its weights.
+        found: their values and marks now.
+    """
+    row, now = task.last, [value for value, _ in found]
+    if row is None or task.doubtful:
+        return False
+    if not is_another_length(gathered(row.before, places), now, gathered(row.gradients, places)):
+        return False
+    after = list(row.after)
+    for place, (value, mark) in zip(places, found, strict=True):
+        after[place], task.marks[place] = value, mark
+    row.after = after
+    return True
+
+
+def as_they_are(task: Task) -> tuple[list[int], list[tuple[Tensor, Mark]]]:
+    """Positions, values and marks of weights that were written to since the task's last step."""
+    places, found = [], []
+    for place, reference in enumerate(task.fast):
+        tensor = reference() if reference is not None else None
+        if tensor is not None and mark_of(tensor) != task.marks.get(place, mark_of(tensor)):
+            places.append(place)
+            found.append((tensor.detach().clone(), mark_of(tensor)))
+    return places, found
 
 
 def is_another_length(

@@ -21,11 +21,11 @@ from divergence_probe.observe.capture import Forwards, Number
 from divergence_probe.observe.disturbances import are_back, goes_up, is_undone
 from divergence_probe.observe.forensics.inputs import made_by
 from divergence_probe.observe.in_turn import InTurn
-from divergence_probe.observe.line_searches import is_another_length
+from divergence_probe.observe.line_searches import as_they_are, took_another_length
 from divergence_probe.observe.models import KnownModel
 from divergence_probe.observe.naming import named
 from divergence_probe.observe.nesting import Nesting
-from divergence_probe.observe.pending import MOST_IN_TURN, Learned, Pending
+from divergence_probe.observe.pending import Learned, Pending
 from divergence_probe.observe.projections import were_left_alone
 from divergence_probe.observe.reptile import Reptile
 from divergence_probe.observe.resolution import Update
@@ -34,6 +34,7 @@ from divergence_probe.observe.snapshot import Values, gathered, is_empty, is_who
 from divergence_probe.observe.standstill import settle_standstill
 from divergence_probe.observe.task import Task
 from divergence_probe.observe.tensors import address_of, are, identities, physical, references
+from divergence_probe.observe.turns import Turns, rely_on
 from divergence_probe.record.schema import FLAGS
 
 if TYPE_CHECKING:
@@ -42,16 +43,6 @@ if TYPE_CHECKING:
 # A gradient may be taken twice at one point for a reason; five inner steps take it five times.
 _REPETITIONS = 3
 _ADAPTERS = {"grad": "autograd.grad", "backward": "backward", "func": "torch.func"}
-
-_IN_TURN = (
-    "Tasks take their inner steps in turn, each a step before the next one: the steps taken until "
-    "that was found out are missing, or tasks of their own."
-)
-
-_LATE = (
-    "Weights that tasks came to were kept for later, and nothing used them at once: the first of "
-    "these inner steps were not known to be any, and are missing."
-)
 
 _UNCOUNTED = (
     "Weights on an accelerator are written through .data, which torch does not count: where they "
@@ -75,8 +66,7 @@ class LoopThread(threading.local):
         self.learned: dict[int, Learned] = {}
         self.forwards = Forwards()
         self.extends = False
-        self.parked: list[Task] = []  # where they take their steps in turn
-        self.left: list[Sequence[ref[Tensor] | None]] = []  # what the last tasks came to
+        self.turns = Turns()
         self.queries: list[float] = []  # of tasks that ended without a gradient of theirs
         self.unused: tuple[object, ...] = ()
         self.repeated = 0
@@ -104,7 +94,7 @@ class LoopTasks:
             self._outer_put_back(pending, update)
             return
         if pending.learned.unclaimed:
-            self._relied_on(pending.learned)
+            rely_on(pending.learned, self._session)
         task = pending.task
         if task is None or task.ended or task is not thread.task:
             doubtful = update.in_place and goes_up(pending, update.values)
@@ -211,7 +201,7 @@ class LoopTasks:
             places.append(position)
         if not found or were_left_alone(*zip(*found, strict=True)):
             return True
-        return _took_another_length(task, places, [(now, mark) for now, mark, *_ in found])
+        return took_another_length(task, places, [(now, mark) for now, mark, *_ in found])
 
     def _continues_batched(self, task: Task, pending: Pending) -> bool:
         """The same inside vmap, whose wrappers die with it: there memory is what stays the same."""
@@ -268,47 +258,24 @@ class LoopTasks:
             self._began_in_place(task, pending.before, tensors)
         return task
 
-    def takes_turns(self, learned: Learned, inputs: Sequence[Tensor]) -> None:
-        """A gradient is taken of weights that no task has now; one that is not over may go on."""
-        over = any(are(left, inputs) for left in self._thread.left)
-        if (over or learned.claims(inputs)) and not learned.in_turn:
-            learned.in_turn = True
-            self._relied_on(learned, _IN_TURN)
-
-    def _relied_on(self, learned: Learned, reason: str = _LATE) -> None:
-        """What is made at a line is used: so were those updates that were taken for none."""
-        learned.unclaimed, learned.confirmed = [], max(learned.confirmed, 1)
-        self._session.unseen(reason)
-
     def _leave(self, pending: Pending) -> None:
         """A task begins with ``pending``: the current one is over, or waits for its next turn."""
         thread, task = self._thread, self._thread.task
-        if task is None or task.ended or task.in_place:
+        by_hand = task if task is not None and not task.ended and not task.in_place else None
+        if by_hand is not None and thread.turns.leave(by_hand, pending.learned, self._session):
+            thread.task = None
+        else:
             self.end_task()
-            return
-        if pending.learned.in_turn and task.learned is pending.learned:
-            self._park(task)
-            return
-        thread.left = [*thread.left[1 - MOST_IN_TURN :], task.inputs]
-        self.end_task()
-
-    def _park(self, task: Task) -> None:
-        thread, thread.task = self._thread, None
-        parked = [other for other in thread.parked if not other.ended]
-        if len(parked) >= MOST_IN_TURN:
-            self._session.finish_task(parked.pop(0))
-        thread.parked = [*parked, task]
 
     def turn_to(self, inputs: Sequence[Tensor]) -> None:
         """It is the turn of the task that ``inputs`` are the weights of, if one waits for it."""
         thread = self._thread
-        for task in thread.parked:
-            if self.goes_on(task, inputs):
-                thread.parked.remove(task)
-                if thread.task is not None and not thread.task.ended:
-                    self._park(thread.task)
-                thread.task = task
-                return
+        task = thread.turns.take(lambda waiting: self.goes_on(waiting, inputs))
+        if task is None:
+            return
+        if thread.task is not None and not thread.task.ended:
+            thread.turns.park(thread.task, self._session)
+        thread.task = task
 
     def _began_in_place(
         self, task: Task, before: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
@@ -370,7 +337,7 @@ class LoopTasks:
             task.learned.task_took(task.steps)
         restarts.drop_if_written(task)
         if task.in_place:
-            _took_another_length(task, *_as_they_are(task))
+            took_another_length(task, *as_they_are(task))
         task.forwards.extend(self._used_by(task))
         if task.steps and isinstance(task.forwards.loss, float):
             thread.queries.append(task.forwards.loss)
@@ -436,7 +403,7 @@ class LoopTasks:
     def moved(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` were stepped: no gradient of theirs waits for that any more."""
         thread = self._thread
-        thread.left = []
+        thread.turns.left = []
         if thread.pending is not None and thread.pending.through:
             thread.pending.through = not thread.pending.reached(tensors)
         if thread.waiting:
@@ -603,38 +570,3 @@ class LoopTasks:
             if any(r is not None and id(r()) in inputs for r in task.fast):
                 return task
         return None
-
-
-def _as_they_are(task: Task) -> tuple[list[int], list[tuple[Tensor, Mark]]]:
-    """Positions, values and marks of weights that were written to since the task's last step."""
-    places, found = [], []
-    for place, reference in enumerate(task.fast):
-        tensor = reference() if reference is not None else None
-        if tensor is not None and mark_of(tensor) != task.marks.get(place, mark_of(tensor)):
-            places.append(place)
-            found.append((tensor.detach().clone(), mark_of(tensor)))
-    return places, found
-
-
-def _took_another_length(
-    task: Task, places: Sequence[int], found: Sequence[tuple[Tensor, Mark]]
-) -> bool:
-    """Whether a task's last step was only tried out, and taken with another length since.
-
-    Then that is what it is recorded with.
-
-    Args:
-        task: adapts in place.
-        places: positions of its weights.
-        found: their values and marks now.
-    """
-    row, now = task.last, [value for value, _ in found]
-    if row is None or task.doubtful:
-        return False
-    if not is_another_length(gathered(row.before, places), now, gathered(row.gradients, places)):
-        return False
-    after = list(row.after)
-    for place, (value, mark) in zip(places, found, strict=True):
-        after[place], task.marks[place] = value, mark
-    row.after = after
-    return True

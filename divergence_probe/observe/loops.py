@@ -221,7 +221,7 @@ class Loops:
         made = _there(gradients)
         wrapped = any(map(is_wrapped, inputs)) or any(map(is_wrapped, made))
         width = max(physical(t)[1] for t in (*inputs, *made)) if wrapped else 1
-        if self._thread.parked and width == 1:
+        if self._thread.turns.parked and width == 1:
             self.tasks.turn_to(inputs)
         task = self._thread.task
         goes_on = width == 1 and task is not None and self.tasks.goes_on(task, inputs)
@@ -295,8 +295,9 @@ class Loops:
         elif task is not None:
             task.looked_at = True
         if pending.task is None and inputs:
-            if self._thread.left or pending.learned.unclaimed:
-                self.tasks.takes_turns(pending.learned, inputs)
+            turns = self._thread.turns
+            if turns.left or pending.learned.unclaimed:
+                turns.are_taken(pending.learned, inputs, self._session)
             pending.adapting = self._adapting(inputs)
             models = self._session.models
             before = restarts.restarted(task, inputs)

@@ -1,6 +1,7 @@
 """What is an inner loop, and what only looks like one."""
 
 import copy
+import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -231,15 +232,18 @@ def test_copies_that_are_adapted_step_by_step_in_turn_are_tasks(copies):
     assert steps[steps["phase"] == "query"]["task"].nunique() == 3 * copies
 
 
+def loss_with(net, weights):
+    """Of a batch, by ``net`` with other weights."""
+    x, y = batch()
+    names = [name for name, _ in net.named_parameters()]
+    output = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
+    return F.cross_entropy(output, y)
+
+
 def test_weights_that_are_adapted_step_by_step_in_turn_are_tasks_once_that_is_known():
     net = network()
-    names = [name for name, _ in net.named_parameters()]
     outer = torch.optim.SGD(net.parameters(), lr=0.1)
-
-    def loss(weights):
-        x, y = batch()
-        output = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
-        return F.cross_entropy(output, y)
+    loss = functools.partial(loss_with, net)
 
     def run():
         for _ in range(4):
@@ -264,13 +268,8 @@ def test_weights_that_are_adapted_step_by_step_in_turn_are_tasks_once_that_is_kn
 
 def test_tasks_of_a_step_whose_results_are_kept_for_later_throw_nothing_away():
     net = network()
-    names = [name for name, _ in net.named_parameters()]
     outer = torch.optim.SGD(net.parameters(), lr=0.1)
-
-    def loss(weights):
-        x, y = batch()
-        output = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (x,))
-        return F.cross_entropy(output, y)
+    loss = functools.partial(loss_with, net)
 
     def adapt():
         weights = list(net.parameters())
