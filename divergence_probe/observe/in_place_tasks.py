@@ -218,10 +218,8 @@ class InPlaceTasks:
         if step.known.model is not None and task.base is None:
             return False  # the model's own
         turns = task.base is not None or task.provisional or task.known in self._taking_turns
-        if not turns:
-            return False
         alive = task.optimizer is not None and task.optimizer() is not None
-        return alive and identities(task.fast).isdisjoint(map(id, step.parameters))
+        return turns and alive and identities(task.fast).isdisjoint(map(id, step.parameters))
 
     def _end_others(self, step: Step) -> None:
         """A task begins: those before it are over, but for a few that may go on beside it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from divergence_probe.observe.at_hand import all_same, are_same, worth_a_wait
 from divergence_probe.observe.modules_alive import ModulesAlive
-from divergence_probe.observe.tensors import are, is_fresh
+from divergence_probe.observe.tensors import TensorSet, are, is_fresh
 from divergence_probe.record.schema import CONTAINERS, NAMELESS, Layout, ParameterInfo
 
 #: Wrappers that prefix every name without being part of the user's model.
@@ -97,13 +97,13 @@ class Models:
         self._by_parameter: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
         self._by_shape: dict[tuple[object, ...], KnownModel] = {}
         self._beside: dict[int, list[KnownModel]] = {}  # others of a layout, nameless, too
-        self._others: dict[int, weakref.ref[Tensor]] = {}
+        self._others = TensorSet()
         self._searched: set[int] = set()
         self._alive = ModulesAlive()
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
-        self._rebuilt: dict[int, weakref.ref[Tensor]] = {}
+        self._rebuilt = TensorSet()
         self._copied_modules: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
-        self._begun: dict[int, weakref.ref[Tensor]] = {}
+        self._begun = TensorSet()
         self._alike: list[list[weakref.ref[Tensor]]] = []
         self._stand_ins: dict[int, tuple[weakref.ref[Tensor], KnownModel, int]] = {}
 
@@ -153,11 +153,7 @@ class Models:
     def note_beside(self, tensors: Iterable[Tensor]) -> None:
         """Note leaves that a gradient reached together with the weights that it moves."""
         for tensor in tensors:
-            self._note_beside(tensor)
-
-    def _note_beside(self, tensor: Tensor) -> None:
-        key = id(tensor)
-        self._others[key] = weakref.ref(tensor, lambda _: self._others.pop(key, None))
+            self._others.add(tensor)
 
     def are_beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> bool:
         """Whether nameless tensors are not those of a model of their shapes, but beside them."""
@@ -165,7 +161,7 @@ class Models:
             return False
         if any(known.position(tensor) is not None for tensor in tensors):
             return False
-        return are([self._others.get(id(tensor)) for tensor in tensors], tensors)
+        return all(tensor in self._others for tensor in tensors)
 
     def beside(self, known: KnownModel, tensors: Sequence[Tensor]) -> KnownModel:
         """A model alike ``known``, for nameless tensors that live and move beside its own.
@@ -264,15 +260,14 @@ class Models:
 
     def note_rebuilt(self, tensor: Tensor) -> None:
         """``tensor`` was unpickled: its model may be a copy of another one."""
-        key = id(tensor)
-        self._rebuilt[key] = weakref.ref(tensor, lambda _: self._rebuilt.pop(key, None))
+        self._rebuilt.add(tensor)
 
     def _look_for_origin(self, tensor: Tensor) -> None:
         """Look, once, for what an unpickled parameter's model is a copy of.
 
         That is a model of the same class with the same values throughout, and no copy itself.
         """
-        del self._rebuilt[id(tensor)]
+        self._rebuilt.discard(tensor)
         modules = self._modules()
         owners = [module for module in modules if _owns(module, {id(tensor)})]
         copy = max(owners, key=lambda module: len(list(module.modules())), default=None)
@@ -280,13 +275,15 @@ class Models:
         if copy is None or not all(map(worth_a_wait, own.values())):
             return
         for parameter in own.values():
-            self._rebuilt.pop(id(parameter), None)
+            self._rebuilt.discard(parameter)
         if all(map(is_fresh, own.values())):
             return  # zeros are equal to any other zeros
-        copies, kind = self._rebuilt.keys() | self._copies.keys(), type(copy)
+        kind = type(copy)
         for origin in (module for module in modules if type(module) is kind and module is not copy):
             theirs = dict(origin.named_parameters())
-            if theirs.keys() != own.keys() or any(id(other) in copies for other in theirs.values()):
+            if theirs.keys() != own.keys():
+                continue
+            if any(t in self._rebuilt or id(t) in self._copies for t in theirs.values()):
                 continue
             if all_same(list(own.values()), list(theirs.values()), worth_a_wait):
                 for name, parameter in own.items():
@@ -314,7 +311,7 @@ class Models:
 
     def origin_of(self, tensor: Tensor) -> Tensor | None:
         """What ``tensor`` was deep-copied from (or pickled), if it is a copy."""
-        if self._rebuilt and id(tensor) in self._rebuilt:
+        if self._rebuilt and tensor in self._rebuilt:
             self._look_for_origin(tensor)
         entry = self._copies.get(id(tensor))
         return entry[1]() if entry is not None and entry[0]() is tensor else None
@@ -339,14 +336,11 @@ class Models:
 
     def note_begun(self, tensor: Tensor) -> None:
         """A task began from ``tensor`` and made others of it: whatever it is a copy of, a base."""
-        key = id(tensor)
-        if key not in self._begun:
-            self._begun[key] = weakref.ref(tensor, lambda _: self._begun.pop(key, None))
+        self._begun.add(tensor)
 
     def begun(self, tensor: Tensor) -> bool:
         """Whether tasks began from ``tensor``."""
-        entry = self._begun.get(id(tensor))
-        return entry is not None and entry() is tensor
+        return tensor in self._begun
 
     def note_begun_alike(self, known: KnownModel, values: Sequence[Tensor | None]) -> None:
         """A task began with ``values``: if ``known``'s own, from clones that show no origin.
@@ -386,7 +380,7 @@ class Models:
                 group.clear()
         self._alike = [group for group in self._alike if group]
         for tensor in mistaken:
-            self._begun.pop(id(tensor), None)
+            self._begun.discard(tensor)
         found = [place[0] for tensor in mistaken if (place := self.find(tensor)) is not None]
         return list(dict.fromkeys(found))
 

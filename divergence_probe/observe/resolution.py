@@ -60,8 +60,8 @@ def resolve(
         return evident
     if not pending.candidates:  # the middle of a task of known length: nothing was followed
         return _unfollowed(pending, following, models)
-    if _other_memory(pending):
-        return _in_place(pending)
+    if (rebound := _rebound(pending)) is not None:
+        return rebound
     if _discarded(pending, following, elsewhere):
         pending.flags |= FLAGS["discarded"]
         pending.learned.discards = True
@@ -144,8 +144,8 @@ def _loaded(pending: Pending, following: Sequence[Tensor]) -> Update | None:
     return Update(list(made), snapshot(made, copy=True))
 
 
-def _other_memory(pending: Pending) -> bool:
-    """Whether parameters were given the memory of their update, and note that it was written.
+def _rebound(pending: Pending) -> Update | None:
+    """The update, if parameters were given its memory.
 
     ``Tensor.set_`` and ``torch.utils.swap_tensors`` do that, which no function mode is told of.
     After a task's last step they may have been given another one since, or be gone: then the update
@@ -153,7 +153,7 @@ def _other_memory(pending: Pending) -> bool:
     """
     learned, last = pending.learned, pending.inputs[-1]()
     if not pending.place or (last is not None and storage_of(last) == pending.place):
-        return False
+        return None
     for index, candidates in enumerate(pending.candidates):
         parameter = pending.inputs[index]()
         if parameter is None:
@@ -166,8 +166,10 @@ def _other_memory(pending: Pending) -> bool:
     if not pending.written and learned.rebinds:
         values = [_choose(pending, i, (), False).value for i in range(len(pending.inputs))]
         pending.written = {i: value for i, value in enumerate(values) if value is not None}
-    learned.rebinds |= bool(pending.written)
-    return bool(pending.written)
+    if not pending.written:
+        return None
+    learned.rebinds = True
+    return _in_place(pending)
 
 
 def _discarded(pending: Pending, following: Sequence[Tensor], elsewhere: bool) -> bool:

@@ -84,6 +84,31 @@ def are(references: Sequence[weakref.ref[Tensor] | None], tensors: Sequence[Tens
         return False
 
 
+class TensorSet:
+    """Tensors by identity (their ``==`` is element by element), while they live."""
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Tensor]] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        reference = self._references.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def add(self, tensor: Tensor) -> None:
+        """Keep ``tensor`` in mind until it is gone."""
+        key = id(tensor)
+        if key not in self._references:
+            forget = self._references.pop
+            self._references[key] = weakref.ref(tensor, lambda _: forget(key, None))
+
+    def discard(self, tensor: Tensor) -> None:
+        """Forget it, if it is there."""
+        self._references.pop(id(tensor), None)
+
+
 def identities(references: Iterable[weakref.ref[Tensor] | None]) -> set[int]:
     """``id`` of every tensor that is still there."""
     return {id(t) for r in references if r is not None and (t := r()) is not None}

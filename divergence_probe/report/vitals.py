@@ -50,7 +50,7 @@ def _growth(diagnosis: Diagnosis) -> Vital:
 def _small_ones_grew_more(diagnosis: Diagnosis) -> bool:
     """Whether the table of norms shows larger growth, of what has little of the model's norm."""
     most = diagnosis.health.largest_growth
-    grown = [trace.norms[-1] / trace.norms[0] for trace in diagnosis.norms if trace.norms[0]]
+    grown = (numbers.growth(trace.norms) for trace in diagnosis.norms)
     return most is not None and any(growth > 1.01 * most for growth in grown)
 
 
